@@ -1,0 +1,55 @@
+"""The exception tree: everything a user can mend is a `TunesmithError` with an exit code and one clear message."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class TunesmithError(Exception):
+    """Base of all errors this program raises on purpose; `exit_code` is what the command line returns."""
+
+    exit_code = 2
+
+
+class RecipeError(TunesmithError, ValueError):
+    """The recipe asks for something that does not exist, contradicts itself or does not fit the base."""
+
+
+class DataError(TunesmithError, ValueError):
+    """A data file is missing, broken, empty or does not fit the stage."""
+
+
+class ModelError(TunesmithError, ValueError):
+    """A model, tokenizer or adapter cannot be loaded, or does not fit what is asked of it."""
+
+
+class RunError(TunesmithError, RuntimeError):
+    """A run folder is in use, damaged, not writable, or was made from other inputs."""
+
+
+class DiskError(RunError):
+    """The disk is full or failing; the last good checkpoint is intact."""
+
+    exit_code = 74
+
+
+class NonFiniteError(TunesmithError, ArithmeticError):
+    """Loss or gradient is NaN or infinite; raised before the optimizer step."""
+
+    exit_code = 3
+
+
+class Interrupted(TunesmithError):
+    """The run was asked to stop and has saved a checkpoint. `exit_code` is 130 (SIGINT) or 143 (SIGTERM)."""
+
+    def __init__(self, message: str, code: int = 130) -> None:
+        super().__init__(message)
+        self.exit_code = code
+
+
+def several(problems: Sequence[str], cls: type[TunesmithError], *, headline: str = "") -> TunesmithError:
+    """One error out of all problems, so that a user mends them in one go."""
+    if len(problems) == 1 and not headline:
+        return cls(problems[0])
+    head = headline or f"{len(problems)} problems found:"
+    return cls("\n".join([head, *(f"  - {problem}" for problem in problems)]))

@@ -1,0 +1,1 @@
+"""Figures known before anything is loaded."""
