@@ -1,0 +1,81 @@
+"""Parameter groups, AdamW or SGD, and learning rates as pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class OptimSpec:
+    """What the optimizer needs to know. `b_rate_ratio` multiplies the rate of LoRA's B (LoRA+, 2402.12354)."""
+
+    learning_rate: float
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    b_rate_ratio: float = 1.0
+    schedule: str = "linear"
+    warmup_steps: int = 0
+    clip_norm: float | None = 1.0
+
+
+def rate_at(spec: OptimSpec, steps_done: int, num_steps: int) -> float:
+    """Learning rate after `steps_done` of `num_steps`: warm-up from 0, then constant, linear or cosine to 0."""
+    if steps_done < spec.warmup_steps:
+        return spec.learning_rate * (steps_done + 1) / (spec.warmup_steps + 1)
+    if spec.schedule == "constant":
+        return spec.learning_rate
+    span = max(1, num_steps - spec.warmup_steps)
+    done = min(1.0, (steps_done - spec.warmup_steps) / span)
+    share = 1.0 - done if spec.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return spec.learning_rate * share
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], spec: OptimSpec) -> list[dict[str, object]]:
+    """Groups by (decayed or not, LoRA B or not). Biases and norms, all one-dimensional, are not decayed."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        if parameter.requires_grad:
+            is_b = spec.b_rate_ratio != 1.0 and "lora_B" in name
+            groups.setdefault((parameter.dim() > 1, is_b), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": spec.weight_decay if decayed else 0.0,
+            "rate_ratio": spec.b_rate_ratio if is_b else 1.0,
+        }
+        for (decayed, is_b), parameters in groups.items()
+    ]
+
+
+def build_optimizer(model: nn.Module, spec: OptimSpec) -> torch.optim.Optimizer:
+    """AdamW (1711.05101) or SGD over what trains; fp32 state."""
+    groups = parameter_groups(model.named_parameters(), spec)
+    if spec.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=spec.learning_rate)
+    return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=spec.betas, eps=spec.epsilon)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group its rate: the schedule's times the group's ratio."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["rate_ratio"]
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """L2 norm over all gradients, one number, NaN or infinite if any gradient is."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+
+
+def clip(parameters: Iterable[nn.Parameter], norm: Tensor, limit: float | None) -> None:
+    """Scale all gradients so that their norm is at most `limit`."""
+    if limit is not None and float(norm) > limit:
+        scale = limit / (float(norm) + 1e-6)
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], scale)

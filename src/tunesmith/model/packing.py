@@ -1,0 +1,129 @@
+"""How a family sees several segments at once - packed, padded or alone - proven on the model itself at load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.batch import Batch
+from tunesmith.model import attention
+
+PROBE_LENGTHS = (5, 9, 3)
+
+
+class Layout(Enum):
+    """How segments are laid out for the backbone."""
+
+    PACKED = "packed"
+    PADDED = "padded"
+    ALONE = "one by one"
+
+
+def position_offset(backbone: Any) -> int:
+    """What the family adds to positions: 0, or pad + 1 for RoBERTa and its kin."""
+    embeddings = getattr(backbone.base_model, "embeddings", None)
+    if embeddings is not None and hasattr(embeddings, "create_position_ids_from_input_ids"):
+        return int(embeddings.padding_idx) + 1
+    return 0
+
+
+def flat_hidden(backbone: Any, batch: Batch, *, causal: bool, offset: int) -> Tensor:
+    """Last hidden states of a flat row, `[T, D]`, each segment blind to the others."""
+    extra = {"use_cache": False} if causal else {}
+    out = backbone.base_model(
+        input_ids=batch.input_ids,
+        position_ids=batch.positions + offset,
+        segment_lengths=tuple(batch.lengths),
+        **extra,
+    )
+    return out[0][0]
+
+
+def own_logits(backbone: Any, batch: Batch, layout: Layout) -> Tensor:
+    """Logits of the family's own forward: `[T, V]` for language models, `[S, C]` for classifiers."""
+    rows = batch.input_ids[batch.segments >= 0].split(list(batch.lengths))
+    if layout is Layout.ALONE:
+        return torch.cat([_squeeze(backbone(input_ids=row[None]).logits) for row in rows])
+    pad_id = backbone.config.get_text_config().pad_token_id or 0
+    input_ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad_id)
+    sizes = torch.tensor(batch.lengths, device=input_ids.device)
+    mask = torch.arange(input_ids.shape[1], device=input_ids.device)[None] < sizes[:, None]
+    logits = backbone(input_ids=input_ids, attention_mask=mask.long()).logits
+    return logits[mask] if logits.dim() == 3 else logits
+
+
+def _squeeze(logits: Tensor) -> Tensor:
+    return logits[0] if logits.dim() == 3 else logits
+
+
+def probe_batch(backbone: Any) -> Batch:
+    """Three segments of seeded random tokens, pad token avoided."""
+    config = backbone.config.get_text_config()
+    pad = config.pad_token_id
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (sum(PROBE_LENGTHS),), generator=generator)
+    if pad is not None:
+        ids = torch.where(ids == pad, (ids + 1) % config.vocab_size, ids)
+    segments = torch.cat([torch.full((n,), i) for i, n in enumerate(PROBE_LENGTHS)])
+    positions = torch.cat([torch.arange(n) for n in PROBE_LENGTHS])
+    row = ids[None]
+    return Batch(row, row, torch.ones(row.shape), positions[None], segments[None], lengths=PROBE_LENGTHS)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(was_training)
+
+
+def choose_layout(backbone: Any, packed_logits: Callable[[Batch], Tensor] | None) -> tuple[Layout, str]:
+    """The fastest layout whose logits equal the family's own, one segment at a time; and why not a faster one.
+
+    `packed_logits(batch)` gives `[T, V]` or `[S, C]` from one flat row, or is None when the head is not known.
+    """
+    batch = probe_batch(backbone).to(backbone.device)
+    original = backbone.config._attn_implementation
+    with _evaluating(backbone):
+        alone = own_logits(backbone, batch, Layout.ALONE)
+        why = "its output head has a structure not known here" if packed_logits is None else ""
+        if packed_logits is not None:
+            why = _packs(backbone, batch, alone, packed_logits)
+            if not why:
+                return Layout.PACKED, ""
+            backbone.set_attn_implementation(original)
+        try:
+            error = _difference(own_logits(backbone, batch, Layout.PADDED), alone)
+        except (ValueError, RuntimeError, IndexError):
+            error = float("inf")
+    return (Layout.PADDED if error <= _tolerance(alone) else Layout.ALONE), why
+
+
+def _packs(backbone: Any, batch: Batch, alone: Tensor, packed_logits: Callable[[Batch], Tensor]) -> str:
+    """Empty when packed equals one by one, else what happened."""
+    try:
+        backbone.set_attn_implementation(attention.NAME)
+        error = _difference(packed_logits(batch), alone)
+    except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError) as problem:
+        return f"it cannot run a packed row ({type(problem).__name__})"
+    return "" if error <= _tolerance(alone) else f"packed logits differ from its own by {error:.1e}"
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    if ours.shape != theirs.shape:
+        return float("inf")
+    scale = theirs.float().abs().max().clamp_min(1e-6)
+    return float((ours.float() - theirs.float()).abs().max() / scale)
+
+
+def _tolerance(logits: Tensor) -> float:
+    return 1e-4 if logits.dtype in (torch.float32, torch.float64) else 5e-2

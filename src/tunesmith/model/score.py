@@ -1,0 +1,40 @@
+"""ScoreModel: Batch -> one vector of scores per segment, whatever stands beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.batch import Batch, Outputs
+from tunesmith.model.heads import pool, score_head
+from tunesmith.model.packing import Layout, choose_layout, flat_hidden, own_logits, position_offset
+
+
+class ScoreModel(nn.Module):
+    """A transformers sequence classifier over packed segments. A decoder's score is read at the last real token."""
+
+    def __init__(self, backbone: Any, *, compute: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.compute = compute
+        self.offset = position_offset(backbone)
+        self._head = score_head(backbone)
+        self.causal = self._head is not None and self._head.pool == "last"
+        self.layout, self.why = choose_layout(backbone, None if self._head is None else self._packed_scores)
+
+    def forward(self, batch: Batch) -> Outputs:
+        """`Outputs.scores [S, C]` fp32."""
+        low = self.compute != torch.float32
+        with torch.autocast(batch.input_ids.device.type, self.compute, enabled=low):
+            if self.layout is Layout.PACKED:
+                scores = self._packed_scores(batch)
+            else:
+                scores = own_logits(self.backbone, batch, self.layout)
+        return Outputs(scores=scores.float())
+
+    def _packed_scores(self, batch: Batch) -> Tensor:
+        assert self._head is not None
+        hidden = flat_hidden(self.backbone, batch, causal=self.causal, offset=self.offset)
+        return self._head.apply(pool(hidden, batch.lengths, self._head.pool))

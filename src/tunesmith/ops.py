@@ -1,0 +1,176 @@
+"""Per-segment sums, packed attention and log-probs in chunks: the few operations where the speed lies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_LOGITS = 1 << 23
+"""Logits that exist at one time: 8 million, 32 MB in fp32."""
+
+
+def segment_sums(values: Tensor, segments: Tensor, num_segments: int) -> Tensor:
+    """Sum `values [B, T]` within each segment (`segments [B, T]`, -1 = padding) -> `[S]`."""
+    keep = segments >= 0
+    sums = torch.zeros(num_segments, dtype=values.dtype, device=values.device)
+    return sums.index_add(0, segments[keep], values[keep])
+
+
+def window_mask(num_queries: int, num_keys: int, *, causal: bool, window: int | None, device: Any) -> Tensor | None:
+    """Which keys a query may see, `[num_queries, num_keys]` bool, or None when all or plainly causal.
+
+    The last query stands at the last key. `window` counts the query itself when causal (Mistral, 2310.06825, 2);
+    without causality a key may lie `window` to either side (ModernBERT, 2412.13663, 2.1.2).
+    """
+    if window is None or window >= num_keys:
+        return None
+    queries = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    keys = torch.arange(num_keys, device=device)[None]
+    if causal:
+        return (keys <= queries) & (keys > queries - window)
+    return (queries - keys).abs() <= window
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention of `query [B, H, Tq, d]` over `key, value [B, Hkv, Tk, d]` -> `[B, H, Tq, d]`."""
+    grouped = query.shape[1] != key.shape[1]
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None,
+            scale=scaling, enable_gqa=grouped,
+        )  # fmt: skip
+    if grouped:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    if causal and mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    weights = F.dropout(scores.float().softmax(-1).to(value.dtype), dropout)
+    return weights @ value
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], *, causal: bool, window: int | None, **options: Any
+) -> Tensor:
+    """Attention inside each segment of one flat row, `[1, H, T, d]` -> `[1, H, T, d]`: no mask, no leak.
+
+    `lengths` are the segments' tokens in reading order; equal neighbours are computed together.
+    """
+    sizes = list(lengths)
+    parts = []
+    for q, k, v in zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True):
+        mask = window_mask(q.shape[2], k.shape[2], causal=causal, window=window, device=q.device)
+        parts.append(attend(q, k, v, mask=mask, causal=causal, **options))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """log p(target) of every row without keeping logits.
+
+    With a frozen head the gradient to `hidden` is made in the forward, because row i depends on hidden i alone:
+    d logp_i / d hidden_i = (onehot_i - p_i) · W. A head that trains needs the outer gradient first, so its logits
+    are computed again in the backward.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0913
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, softcap: float | None
+    ) -> Tensor:
+        head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+        ahead = hidden.requires_grad and not head_trains
+        logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ahead else None
+        for part in _chunks(len(hidden), weight.shape[0]):
+            logits, slope = _logits(hidden[part], weight, bias, scale, softcap)
+            target = targets[part, None]
+            logprobs[part] = logits.gather(1, target)[:, 0] - logits.logsumexp(1)
+            if gradient is not None:
+                gradient[part] = _to_hidden(_dlogits(logits, target, slope, scale), weight).to(hidden.dtype)
+        ctx.ahead, ctx.scale, ctx.softcap = ahead, scale, softcap
+        ctx.save_for_backward(*((gradient,) if ahead else (hidden, weight, bias, targets)))
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        outer = grads[0]
+        if ctx.ahead:
+            (gradient,) = ctx.saved_tensors
+            return (gradient * outer[:, None].to(gradient.dtype), None, None, None, None, None)
+        hidden, weight, bias, targets = ctx.saved_tensors
+        to_hidden = torch.empty_like(hidden)
+        to_weight = torch.zeros_like(weight, dtype=torch.float32)
+        to_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        for part in _chunks(len(hidden), weight.shape[0]):
+            logits, slope = _logits(hidden[part], weight, bias, ctx.scale, ctx.softcap)
+            dlogits = _dlogits(logits, targets[part, None], slope, ctx.scale) * outer[part, None]
+            to_hidden[part] = _to_hidden(dlogits, weight).to(hidden.dtype)
+            to_weight.addmm_(dlogits.t(), hidden[part].float())
+            if to_bias is not None:
+                to_bias += dlogits.sum(0)
+        return (
+            to_hidden,
+            to_weight.to(weight.dtype) if weight.requires_grad else None,
+            to_bias.to(bias.dtype) if to_bias is not None and bias.requires_grad else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _chunks(num_rows: int, vocabulary: int) -> list[slice]:
+    rows = max(1, CHUNK_LOGITS // vocabulary)
+    return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """fp32 logits (in float64 for float64 inputs) and, under a soft cap, their slope to what was capped."""
+    precise = hidden.dtype if hidden.dtype == torch.float64 else torch.float32
+    logits = F.linear(hidden.to(weight.dtype), weight, bias).to(precise)
+    if scale != 1.0:
+        logits = logits * scale
+    if softcap is None:
+        return logits, None
+    tanh = torch.tanh(logits / softcap)
+    return tanh * softcap, 1 - tanh * tanh
+
+
+def _dlogits(logits: Tensor, target: Tensor, slope: Tensor | None, scale: float) -> Tensor:
+    """(onehot - p) through soft cap and scale; `logits [N, V]`, `target [N, 1]` -> `[N, V]`."""
+    gradient = logits.softmax(1).neg_()
+    gradient.scatter_add_(1, target, torch.ones_like(target, dtype=gradient.dtype))
+    if slope is not None:
+        gradient *= slope
+    return gradient * scale if scale != 1.0 else gradient
+
+
+def _to_hidden(dlogits: Tensor, weight: Tensor) -> Tensor:
+    return dlogits.to(weight.dtype) @ weight
+
+
+def chunked_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, scale: float = 1.0, softcap: float | None = None
+) -> Tensor:
+    """log p(targets) under the head, `hidden [N, D]`, `weight [V, D]`, `targets [N]` -> `[N]` fp32, nats.
+
+    logits = softcap · tanh(scale · (hidden · weightᵀ + bias) / softcap); never more than `CHUNK_LOGITS` of them exist.
+    """
+    return _ChunkedLogprobs.apply(hidden, weight, bias, targets, scale, softcap)  # type: ignore[no-any-return]
