@@ -8,8 +8,6 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-from tunesmith.errors import Interrupted
-
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
 
@@ -39,11 +37,10 @@ class StopSignals:
             return 0
         return 130 if self.received == signal.SIGINT else 143
 
-    def error(self, step: int, saved: str = "") -> Interrupted:
-        """The error to raise once the checkpoint of `step` is saved."""
-        name = self.received.name if self.received is not None else "request"
-        where = f" in {saved}" if saved else ""
-        return Interrupted(f"stopped by {name} after step {step}, saved{where}; resume to go on", self.exit_code or 130)
+    @property
+    def name(self) -> str:
+        """The signal that asked first, as in "SIGTERM"; empty when none did."""
+        return "" if self.received is None else self.received.name
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():

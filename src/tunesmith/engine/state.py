@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from tunesmith.engine.contracts import Progress
 from tunesmith.errors import RunError, several
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -32,16 +33,16 @@ class Resumable(Protocol):
 class TrainState:
     """The one mutable record of a run.
 
-    `counters` are plain JSON values (tokens, seconds, best, metrics_bytes ...); `identity` maps a field (data, base,
-    tokenizer, a recipe key) to its fingerprint. `generator` is saved beside torch's own CPU and CUDA generators, which
-    dropout uses. Construct it before the first step: buffers that differ from then on are saved too.
+    `identity` maps a field (data, base, tokenizer, a recipe key) to its fingerprint. `generator` is saved beside
+    torch's own CPU and CUDA generators. Construct it before the first step and before any restore: buffers that
+    differ from that moment on are saved too.
     """
 
     step: int
     model: nn.Module
     optimizer: torch.optim.Optimizer
     source: Resumable
-    counters: dict[str, Any] = field(default_factory=dict)
+    progress: Progress = field(default_factory=Progress)
     identity: dict[str, str] = field(default_factory=dict)
     generator: torch.Generator | None = None
     _buffers: dict[str, str] = field(default_factory=dict, repr=False)
@@ -65,7 +66,7 @@ class TrainState:
         tensors |= self._capture_random()
         meta = {
             "step": self.step,
-            "counters": dict(self.counters),
+            "progress": asdict(self.progress),
             "identity": dict(self.identity),
             "source": self.source.state(),
             "optimizer": optimizer_meta,
@@ -87,19 +88,28 @@ class TrainState:
             raise several(problems, RunError, headline=headline)
         if problems := self._misfits(tensors, meta):
             raise several(problems, RunError, headline="the checkpoint does not fit this model and optimizer:")
-        with torch.no_grad():
-            for name, parameter in self._trainable().items():
-                parameter.copy_(tensors[f"model.{name}"])
-            for name, buffer in self.model.named_buffers():
-                if f"buffer.{name}" in tensors:
-                    buffer.copy_(tensors[f"buffer.{name}"])
-                    self._buffers[name] = "differs from the base"  # so it is saved from now on
+        self._copy_weights(tensors)
         self._restore_optimizer(tensors, meta["optimizer"])
         self.source.restore(meta["source"])
         self.step = meta["step"]
-        self.counters = dict(meta["counters"])
+        self.progress = Progress(**meta["progress"])
         self._restore_random(tensors)
         return list(changed.values())
+
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put only the trained weights and changed buffers back, as for the best checkpoint; `RunError` as above."""
+        if problems := self._weight_misfits(tensors):
+            raise several(problems, RunError, headline="the checkpoint does not fit this model:")
+        self._copy_weights(tensors)
+
+    @torch.no_grad()
+    def _copy_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._trainable().items():
+            parameter.copy_(tensors[f"model.{name}"])
+        for name, buffer in self.model.named_buffers():
+            if f"buffer.{name}" in tensors:
+                buffer.copy_(tensors[f"buffer.{name}"])
+                self._buffers[name] = "differs from the base"  # so it is saved from now on
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -173,22 +183,25 @@ class TrainState:
 
     def _misfits(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> list[str]:
         """Every reason why `restore` could not be exact."""
-        expected: dict[str, Tensor] = {f"model.{name}": p for name, p in self._trainable().items()}
-        buffers = {f"buffer.{name}": buffer for name, buffer in self.model.named_buffers()}
+        problems, names = self._weight_misfits(tensors), self._names()
+        mine = [[names[p] for p in group["params"]] for group in self.optimizer.param_groups]
+        if mine != [group["params"] for group in meta["optimizer"]["groups"]]:
+            problems.append("the optimizer's groups hold other parameters than the saved ones")
+        random = ["rng.cpu"] if self.generator is None else ["rng.cpu", "rng.generator"]
+        return problems + [f"{name} is not in the checkpoint" for name in random if name not in tensors]
+
+    def _weight_misfits(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        trained = {f"model.{name}": p.detach() for name, p in self._trainable().items()}
+        every = trained | {f"buffer.{name}": buffer for name, buffer in self.model.named_buffers()}
         saved = {name for name in tensors if name.startswith(("model.", "buffer."))}
-        problems = [f"{name} is not in the checkpoint" for name in sorted(expected.keys() - saved)]
-        problems += [f"{name} is not trained by this run" for name in sorted(saved - expected.keys() - buffers.keys())]
-        for name, mine in (expected | buffers).items():
-            theirs = tensors.get(name, mine)
+        problems = [f"{name} is not in the checkpoint" for name in sorted(trained.keys() - saved)]
+        problems += [f"{name} is not trained by this run" for name in sorted(saved - every.keys())]
+        for name in sorted(saved & every.keys()):
+            theirs, mine = tensors[name], every[name]
             if theirs.shape != mine.shape or theirs.dtype != mine.dtype:
                 old, new = f"{list(theirs.shape)} {theirs.dtype}", f"{list(mine.shape)} {mine.dtype}"
                 problems.append(f"{name}: saved {old}, now {new}")
-        names = self._names()
-        mine_groups = [[names[p] for p in group["params"]] for group in self.optimizer.param_groups]
-        if mine_groups != [group["params"] for group in meta["optimizer"]["groups"]]:
-            problems.append("the optimizer's groups hold other parameters than the saved ones")
-        missing = [name for name in ("rng.cpu", *["rng.generator"] * (self.generator is not None)) if name not in tensors]
-        return problems + [f"{name} is not in the checkpoint" for name in missing]
+        return problems
 
 
 def _changes(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
