@@ -95,7 +95,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
     ) -> Tensor:
         head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         ahead = hidden.requires_grad and not head_trains
-        logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        logprobs = torch.empty(len(hidden), dtype=_precise(hidden.dtype), device=hidden.device)
         gradient = torch.empty_like(hidden) if ahead else None
         for part in _chunks(len(hidden), weight.shape[0]):
             logits, slope = _logits(hidden[part], weight, bias, scale, softcap)
@@ -115,13 +115,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
             return (gradient * outer[:, None].to(gradient.dtype), None, None, None, None, None)
         hidden, weight, bias, targets = ctx.saved_tensors
         to_hidden = torch.empty_like(hidden)
-        to_weight = torch.zeros_like(weight, dtype=torch.float32)
-        to_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        precise = _precise(hidden.dtype)
+        to_weight = torch.zeros_like(weight, dtype=precise)
+        to_bias = None if bias is None else torch.zeros_like(bias, dtype=precise)
         for part in _chunks(len(hidden), weight.shape[0]):
             logits, slope = _logits(hidden[part], weight, bias, ctx.scale, ctx.softcap)
             dlogits = _dlogits(logits, targets[part, None], slope, ctx.scale) * outer[part, None]
             to_hidden[part] = _to_hidden(dlogits, weight).to(hidden.dtype)
-            to_weight.addmm_(dlogits.t(), hidden[part].float())
+            to_weight.addmm_(dlogits.t(), hidden[part].to(precise))
             if to_bias is not None:
                 to_bias += dlogits.sum(0)
         return (
@@ -139,12 +140,15 @@ def _chunks(num_rows: int, vocabulary: int) -> list[slice]:
     return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
 
 
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
     """fp32 logits (in float64 for float64 inputs) and, under a soft cap, their slope to what was capped."""
-    precise = hidden.dtype if hidden.dtype == torch.float64 else torch.float32
-    logits = F.linear(hidden.to(weight.dtype), weight, bias).to(precise)
+    logits = F.linear(hidden.to(weight.dtype), weight, bias).to(_precise(hidden.dtype))
     if scale != 1.0:
         logits = logits * scale
     if softcap is None:
