@@ -1,0 +1,35 @@
+# Each target alone, on a machine with Python and make, creates .venv, installs and runs.
+PYTHON ?= python3
+PY := .venv/bin/python
+STAMP := .venv/.installed
+
+.PHONY: quickstart test check bench evidence docs clean
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (some minutes the first time)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+quickstart: $(STAMP)
+	@$(PY) examples/quickstart.py
+
+test: $(STAMP)
+	$(PY) -m ruff check src tests examples
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+check: $(STAMP)
+	$(PY) -m ruff check src tests examples
+	$(PY) -m pyright
+
+bench: $(STAMP)
+	$(PY) benchmarks/run.py
+
+evidence: $(STAMP)
+	$(PY) evidence/run.py
+
+docs: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/docs
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
