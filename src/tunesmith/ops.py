@@ -62,7 +62,7 @@ def attend(
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    weights = F.dropout(scores.float().softmax(-1).to(value.dtype), dropout)
+    weights = F.dropout(scores.to(_precise(scores.dtype)).softmax(-1).to(value.dtype), dropout)
     return weights @ value
 
 

@@ -83,7 +83,9 @@ class Cursor:
         self.position = state["position"]
 
 
-def train(folder: Path, *, num_steps: int = 24, save_every: int = 3, keep: int = 2, pause: float = 0.002) -> None:
+def train(
+    folder: Path, *, num_steps: int = 24, save_every: int = 3, keep: int = 2, pause: float = 0.002
+) -> None:
     """Start the run in `folder`, or go on with it."""
     generator = torch.random.get_rng_state()
     torch.manual_seed(7)
@@ -93,7 +95,9 @@ def train(folder: Path, *, num_steps: int = 24, save_every: int = 3, keep: int =
     source = Cursor(num_steps, pause)
     state = TrainState(0, model, build_optimizer(model, optim), source, identity={"data": "tiny"})
     names = ("metrics", "evaluations", "timings")
-    files = fit.Files(*(MetricsLog(folder / f"{name}.jsonl") for name in names), checkpoints=folder / "checkpoints")
+    files = fit.Files(
+        *(MetricsLog(folder / f"{name}.jsonl") for name in names), checkpoints=folder / "checkpoints"
+    )
     spec = FitSpec(3, optim, save_every=save_every, keep=keep)
     stage = Stage("tiny", model, Classify(), source)
     resumed = fit.resume(state, files, say=print)
@@ -106,7 +110,11 @@ def fingerprint(folder: Path) -> str:
     """sha256 over the last checkpoint's tensors (weights, optimizer, random states) and the metrics file."""
     newest = checkpoint.latest_checkpoint(folder / "checkpoints", warn=print, repair=False)
     assert newest is not None
-    parts = [newest.name.encode(), (newest / checkpoint.TENSORS).read_bytes(), (folder / "metrics.jsonl").read_bytes()]
+    parts = [
+        newest.name.encode(),
+        (newest / checkpoint.TENSORS).read_bytes(),
+        (folder / "metrics.jsonl").read_bytes(),
+    ]
     return sha256(b"|".join(parts)).hexdigest()
 
 
@@ -177,7 +185,10 @@ def kills(trials: int, seed: int = 0) -> dict[str, Any]:
         with scratch() as folder:
             pid = spawn(lambda folder=folder: train(folder))
             target = draw.randrange(0, 24)
-            while lines(folder) < target and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            while (
+                lines(folder) < target
+                and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+            ):
                 time.sleep(0.0005)
             time.sleep(draw.uniform(0, 0.012))
             os.kill(pid, signal.SIGKILL)
@@ -261,8 +272,11 @@ def _trace(job: Callable[[], None], options: list[str]) -> int:
 def strace(stride: int = 1) -> dict[str, Any]:
     """R2 by the kernel: strace injects SIGKILL at the i-th system call of every kind that changes the disk."""
     settings = {"num_steps": 4, "save_every": 2, "keep": 1, "pause": 0.0}
-    wanted, names = unbroken(**settings), "mkdir,openat,write,fsync,rename,unlink,unlinkat,rmdir,ftruncate,close"
-    bad, points = [], {}
+    wanted, names = (
+        unbroken(**settings),
+        "mkdir,openat,write,fsync,rename,unlink,unlinkat,rmdir,ftruncate,close",
+    )
+    bad, points, killed = [], {}, 0
     with scratch() as folder:
         log = folder / "log"
         _trace(lambda: train(folder / "run", **settings), ["-o", str(log), "-e", f"trace={names}"])
@@ -271,17 +285,25 @@ def strace(stride: int = 1) -> dict[str, Any]:
         points[name] = len(re.findall(rf"^\d+ +{name}\(", text, re.M))
         for at in range(1, points[name] + 1, stride):
             with scratch() as folder:
-                rule = ["-o", os.devnull, "-e", f"trace={name}", "-e", f"inject={name}:signal=SIGKILL:when={at}"]
+                rule = [
+                    "-o",
+                    os.devnull,
+                    "-e",
+                    f"trace={name}",
+                    "-e",
+                    f"inject={name}:signal=SIGKILL:when={at}",
+                ]
                 code = _trace(lambda folder=folder: train(folder, **settings), rule)
-                problem = comes_back(folder, wanted, **settings) if code == -9 else ""
-                if problem:
+                killed += code == -signal.SIGKILL
+                if problem := comes_back(folder, wanted, **settings):
                     bad.append(f"{name} {at}: {problem}")
-    return {"points": points, "total": sum(points.values()), "stride": stride, "bad": bad}
+    return {"points": points, "total": sum(points.values()), "killed": killed, "bad": bad}
 
 
 def _plant(bug: str) -> None:
     """Make the program wrong in one way, in this process only."""
     if bug == "in_place":
+
         def fill(folder: Path, step: int, tensors: Any, meta: Any, real: Any = checkpoint._fill) -> None:
             real(checkpoint.step_folder(folder.parent, step), step, tensors, meta)
 
@@ -299,9 +321,9 @@ def _plant(bug: str) -> None:
         checkpoint.durable.fsync_folder = lambda folder: None
 
 
-def planted(stride: int = 5) -> dict[str, Any]:
+def planted(stride: int = 5, *only: str) -> dict[str, Any]:
     """R3: how many kill points each planted bug fails; 0 would mean that these tests cannot see it."""
-    return {bug: len(_in_fork(lambda bug=bug: _with_bug(bug, stride))["bad"]) for bug in BUGS}
+    return {bug: len(_in_fork(lambda bug=bug: _with_bug(bug, stride))["bad"]) for bug in only or BUGS}
 
 
 def _with_bug(bug: str, stride: int) -> dict[str, Any]:
@@ -340,7 +362,9 @@ def signals(trials: int, seed: int = 1) -> dict[str, Any]:
             slowest = max(slowest, time.perf_counter() - sent)
             last = max(checkpoint.saved_steps(folder / "checkpoints"), default=-1)
             problem = "" if code == kinds[number] else f"exit code {code}"
-            problem = problem or ("" if last == lines(folder) else f"{lines(folder)} steps done, {last} saved")
+            problem = problem or (
+                "" if last == lines(folder) else f"{lines(folder)} steps done, {last} saved"
+            )
             if problem := problem or comes_back(folder, wanted):
                 bad.append(f"{number.name} at {target}: {problem}")
     return {"trials": done, "bad": bad, "slowest_seconds": round(slowest, 3)}
@@ -354,7 +378,9 @@ def order(saves: int, bug: str = "") -> dict[str, Any]:
         def job() -> None:
             _plant(bug)
             for step in range(1, saves + 1):
-                checkpoint.save_checkpoint(folder / "run", step, {"x": torch.full((100,), step)}, {"step": step})
+                checkpoint.save_checkpoint(
+                    folder / "run", step, {"x": torch.full((100,), step)}, {"step": step}
+                )
 
         _trace(job, ["-y", "-s", "0", "-o", str(log), "-e", "trace=write,fsync,rename"])
         return _unflushed(log.read_text(), str(folder / "run"))
@@ -404,7 +430,11 @@ def disk(sizes: int) -> dict[str, Any]:
             said = error.read_text()
             stopped += code != 0
             root = mount / "run" / "checkpoints"
-            broken = [s for s in checkpoint.saved_steps(root) if checkpoint.verify_checkpoint(root / f"step_{s:06d}")]
+            broken = [
+                s
+                for s in checkpoint.saved_steps(root)
+                if checkpoint.verify_checkpoint(root / f"step_{s:06d}")
+            ]
             if broken:
                 bad.append(f"{kilobytes} kB: broken checkpoints {broken}")
             if code not in (0, 74) or (code == 74 and "disk full" not in said):

@@ -36,7 +36,10 @@ DTYPES = (
 
 def some(step: int, size: int = 40) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(step)
-    return {"model.w": torch.randn(size, size, generator=generator), "rng.cpu": torch.arange(50, dtype=torch.uint8)}
+    return {
+        "model.w": torch.randn(size, size, generator=generator),
+        "rng.cpu": torch.arange(50, dtype=torch.uint8),
+    }
 
 
 def two_good(root):
@@ -50,7 +53,11 @@ def silent(text: str) -> None:
 
 def test_every_type_and_shape_comes_back_bit_for_bit(tmp_path):
     tensors = {f"t{i}.{n}": (torch.rand(n, 3) * 9).to(d) for i, d in enumerate(DTYPES) for n in (0, 1, 7)}
-    tensors |= {"scalar": torch.tensor(3.5), "view": torch.arange(12.0).reshape(3, 4).T, 'na"me|é': torch.zeros(1)}
+    tensors |= {
+        "scalar": torch.tensor(3.5),
+        "view": torch.arange(12.0).reshape(3, 4).T,
+        'na"me|é': torch.zeros(1),
+    }
     meta = {"a": [1, 0.1 + 0.2, None, True], "b": {"c": "ü\n"}}
     path = save_checkpoint(tmp_path / "new" / "checkpoints", 400, tensors, meta)
     assert path.name == "step_000400" and verify_checkpoint(path) == []
@@ -139,7 +146,9 @@ def _loads(path) -> bool:
     return True
 
 
-@pytest.mark.parametrize("what", ["link", "folder", "pipe", "socket", "renamed folder", "other manifest", "two swapped"])
+@pytest.mark.parametrize(
+    "what", ["link", "folder", "pipe", "socket", "renamed folder", "other manifest", "two swapped"]
+)
 def test_odd_things_in_a_checkpoint_are_damage_and_never_followed(tmp_path, what, monkeypatch):
     two_good(tmp_path)
     path = tmp_path / "step_000002"
@@ -288,7 +297,8 @@ def test_pruning_keeps_the_newest_the_best_and_counts_only_whole_ones(tmp_path):
 
 
 OPERATIONS = st.lists(
-    st.tuples(st.sampled_from(["save", "nan", "full", "damage", "prune", "crash"]), st.integers(1, 3)), max_size=12
+    st.tuples(st.sampled_from(["save", "nan", "full", "damage", "prune", "crash"]), st.integers(1, 3)),
+    max_size=12,
 )
 
 

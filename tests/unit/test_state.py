@@ -39,12 +39,16 @@ OPTIMIZERS = {
 def build(optimizer="adamw", *, identity=None, dtype=torch.float32):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.4), nn.Linear(8, 1), nn.Linear(1, 1))
+        model = nn.Sequential(
+            nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.4), nn.Linear(8, 1), nn.Linear(1, 1)
+        )
     model = model.to(dtype)
     model[4].requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     identity = {"data": "aa", "base": "bb"} if identity is None else identity
-    return TrainState(0, model, OPTIMIZERS[optimizer](trained), Stream(), Progress(), identity, torch.Generator())
+    return TrainState(
+        0, model, OPTIMIZERS[optimizer](trained), Stream(), Progress(), identity, torch.Generator()
+    )
 
 
 def run(state, num_steps):

@@ -1,8 +1,9 @@
 """A folder per saved step that is either whole and sound or not there: atomic save, verified load, retention.
 
-`checkpoints/step_000400/` holds `tensors.safetensors`, `meta.json` and `manifest.json` (name, size, sha256 of each).
-The manifest is written last, everything is flushed, and the folder is renamed from a hidden name: a checkpoint exists
-when its manifest does. Nothing is pickled. Only the owner of the run's lock may save, repair or prune.
+`checkpoints/step_000400/` holds `tensors.safetensors`, `meta.json` and `manifest.json` (name, size, sha256 of
+each). The manifest is written last, everything is flushed, and the folder is renamed from a hidden name: a
+checkpoint exists when its manifest does. Nothing is pickled. Only the owner of the run's lock may save, repair
+or prune.
 """
 
 from __future__ import annotations
@@ -56,12 +57,12 @@ def save_checkpoint(
     keep: int = 2,
     protect: Collection[int] = frozenset(),
 ) -> Path:
-    """Save `tensors` and `meta` (plain JSON values) as the checkpoint of `step`; returns its folder, then prunes.
+    """Save `tensors` and `meta` (plain JSON values) as the checkpoint of `step`, prune, and return its folder.
 
-    `keep` newest checkpoints stay, and the steps in `protect` (the best one) whatever their age. An unsound folder in
-    the way is moved aside. Raises `NonFiniteError` before anything is written when a tensor holds NaN (or infinity,
-    outside `buffer.*`), `DiskError` when the disk is full or failing, `RunError` when the folder is not writable;
-    in every case the checkpoints that were there stay as they were.
+    `keep` newest checkpoints stay, and the steps in `protect` (the best one) whatever their age. An unsound folder
+    in the way is moved aside. Raises `NonFiniteError` before anything is written when a tensor holds NaN (or
+    infinity, outside `buffer.*`), `DiskError` when the disk is full or failing, `RunError` when the folder is not
+    writable; in every case the checkpoints that were there stay as they were.
     """
     root = Path(root)
     if step < 0 or keep < 1:
@@ -86,8 +87,8 @@ def save_checkpoint(
 def latest_checkpoint(root: Path, *, warn: Callable[[str], None], repair: bool = True) -> Path | None:
     """The newest sound checkpoint under `root`, or None when nothing was ever saved there.
 
-    Unsound ones are named through `warn` and, with `repair` (for the run's owner only), moved aside once a sound one
-    is found. When there are checkpoints and none is sound this raises `RunError`: never a silent fresh start.
+    Unsound ones are named through `warn` and, with `repair` (for the run's owner only), moved aside once a sound
+    one is found. When there are checkpoints and none is sound this raises `RunError`: never a silent fresh start.
     """
     root = Path(root)
     if not root.is_dir():
@@ -111,7 +112,7 @@ def latest_checkpoint(root: Path, *, warn: Callable[[str], None], repair: bool =
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (on the CPU) and meta of the checkpoint at `path`, verified first; `RunError` lists all damage."""
+    """Tensors (on the CPU) and meta of the checkpoint at `path`, verified first; `RunError` lists the damage."""
     path = Path(path)
     if problems := verify_checkpoint(path):
         raise several(problems, RunError, headline=f"{path} is damaged; resume from another checkpoint:")
@@ -124,7 +125,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def verify_checkpoint(path: Path) -> list[str]:
-    """Everything wrong with the checkpoint at `path`, as sentences; empty when it is sound. Reads every byte once."""
+    """Everything wrong with the checkpoint at `path`, as sentences; empty when it is sound. Reads every byte."""
     return _verify(Path(path), contents=True)
 
 
@@ -134,8 +135,8 @@ def saved_steps(root: Path) -> list[int]:
         names = os.listdir(root)
     except OSError:
         return []
-    matches = (_STEP.match(name) for name in names)
-    return sorted(int(match[1]) for match in matches if match and step_folder(root, int(match[1])).name == match[0])
+    steps = {name: int(match[1]) for name in names if (match := _STEP.match(name))}
+    return sorted(step for name, step in steps.items() if name == step_folder(root, step).name)
 
 
 def prune_checkpoints(
@@ -144,13 +145,14 @@ def prune_checkpoints(
     """Remove all but the `keep` newest whole checkpoints and those in `protect`; returns the removed steps.
 
     Nothing is removed unless a checkpoint that stays is sound: one named in `sound` (just written) or one whose
-    checksums are verified here. Each goes by a rename first, so that no half-deleted one is ever seen.
+    checksums hold when read here. Each goes by a rename first, so that no half-deleted one is ever seen.
     """
     root, steps = Path(root), saved_steps(root)
     whole = [s for s in steps if s in sound or not _verify(step_folder(root, s), contents=False)]
     stays = set(whole[-keep:]) | (set(steps) & set(protect)) | set(sound)
     doomed = [step for step in whole if step not in stays]
-    if not doomed or not (set(sound) & set(steps) or any(_is_sound(root, s) for s in sorted(stays, reverse=True))):
+    safe = set(sound) & set(steps)
+    if not doomed or not (safe or any(_is_sound(root, step) for step in sorted(stays, reverse=True))):
         return []
     with durable.disk_errors(root):
         hidden = [root / f".old-{step_folder(root, step).name}" for step in doomed]
@@ -180,7 +182,7 @@ def check_free_space(root: Path, bytes_needed: int) -> None:
 
 
 def check_writable(root: Path) -> None:
-    """Create `root` and prove that a file can be made, flushed and removed in it; `RunError` or `DiskError` if not."""
+    """Create `root` and prove that a file can be made, flushed and removed in it; else `RunError` or `DiskError`."""
     root = Path(root)
     with durable.disk_errors(root):
         durable.make_folder(root)
@@ -203,7 +205,8 @@ def _refuse_non_finite(tensors: Mapping[str, Tensor], step: int) -> None:
             bad.append(f"{name} ({int(wrong.sum())} of {tensor.numel()} values)")
     if bad:
         shown = ", ".join(bad[:10]) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
-        raise NonFiniteError(f"step {step} is not saved: NaN or infinity in {shown}; the last checkpoint is intact")
+        found = f"NaN or infinity in {shown}"
+        raise NonFiniteError(f"step {step} is not saved: {found}; the last checkpoint is intact")
 
 
 def _fill(folder: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -219,7 +222,7 @@ def _fill(folder: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[
 
 
 def _publish(temporary: Path, target: Path) -> None:
-    """Give the finished folder its name. An unsound one in the way is moved aside; a sound one is replaced."""
+    """Give the finished folder its name; an unsound one in the way is moved aside, a sound one replaced."""
     if not os.path.lexists(target):
         durable.publish(temporary, target)
         return
@@ -235,7 +238,7 @@ def _publish(temporary: Path, target: Path) -> None:
 
 
 def _clean(root: Path) -> None:
-    """Undo what a crash left: a checkpoint whose replacement never came gets its name back, the rest is removed."""
+    """Undo what a crash left: give a checkpoint whose replacement never came its name back, remove the rest."""
     for path in root.iterdir():
         if path.name.startswith(".replaced-step_"):
             target = root / path.name.removeprefix(".replaced-")
@@ -254,7 +257,9 @@ def _move_aside(path: Path) -> Path:
     return aside
 
 
-def _report(damaged: list[tuple[Path, list[str]]], good: Path, warn: Callable[[str], None], repair: bool) -> None:
+def _report(
+    damaged: list[tuple[Path, list[str]]], good: Path, warn: Callable[[str], None], repair: bool
+) -> None:
     for path, problems in damaged:
         where = path
         if repair:
@@ -282,12 +287,13 @@ def _verify(path: Path, *, contents: bool) -> list[str]:
 
 
 def _read_manifest(folder: Path, step: int) -> list[dict[str, Any]]:
-    """The entries of the manifest; `ValueError` unless it is byte for byte what this module writes for `step`."""
+    """The entries of the manifest; `ValueError` unless it is byte for byte what is written here for `step`."""
     _require_plain_file(folder / MANIFEST)
     raw = (folder / MANIFEST).read_bytes()
     try:
         manifest = json.loads(raw)
-        files = [{"name": str(f["name"]), "size": int(f["size"]), "sha256": str(f["sha256"])} for f in manifest["files"]]
+        kinds = {"name": str, "size": int, "sha256": str}
+        files = [{key: kind(entry[key]) for key, kind in kinds.items()} for entry in manifest["files"]]
         version, written_step = manifest["format"], manifest["step"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{MANIFEST} is not readable ({type(error).__name__})") from error
@@ -311,7 +317,7 @@ def _check_file(folder: Path, entry: Mapping[str, Any], contents: bool) -> str:
 
 
 def _require_plain_file(path: Path) -> int:
-    """Its size; `ValueError` for a missing file and for links, pipes and folders, which are never followed."""
+    """Its size; `ValueError` when it is missing or a link, pipe or folder: those are never followed."""
     try:
         status = os.lstat(path)
     except FileNotFoundError:
@@ -335,7 +341,7 @@ def _size(tensor: Tensor) -> int:
 
 
 def _in_order(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """Widest element first, then by name: every tensor starts aligned, and equal contents give equal files."""
+    """Widest element first, then by name: every tensor is aligned, and equal contents give equal files."""
     return sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
 
 
@@ -345,7 +351,8 @@ def _header(ordered: list[tuple[str, Tensor]]) -> bytes:
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"{name} has type {tensor.dtype}, which checkpoints do not hold")
         end = offset + _size(tensor)
-        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        kind, shape = _DTYPES[tensor.dtype], list(tensor.shape)
+        entries[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -353,11 +360,11 @@ def _header(ordered: list[tuple[str, Tensor]]) -> bytes:
 
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The safetensors file in pieces, one tensor on the CPU at a time: its own writer does not flush to the disk."""
+    """A safetensors file in pieces, one tensor on the CPU at a time: its own writer does not flush to disk."""
     ordered = _in_order(tensors)
     yield _header(ordered)
     for _, tensor in ordered:
         flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-        view = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+        view = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
         for start in range(0, len(view), _CHUNK):
             yield view[start : start + _CHUNK]

@@ -1,8 +1,8 @@
-"""Files and folders that survive a crash: written, flushed to the disk and renamed in an order a power cut cannot break.
+"""Files and folders that survive a crash: written, flushed and renamed in an order a power cut cannot break.
 
-`rename` is atomic, but says nothing about contents: without `fsync` of the file before and of the folder after it, a
-power cut may leave a new name on an empty file (Pillai et al., OSDI 2014). Every helper turns the operating system's
-error into one that names the path, what was needed and what is free.
+`rename` is atomic, but says nothing about contents: without `fsync` of the file before and of the folder after
+it, a power cut may leave a new name on an empty file (Pillai et al., OSDI 2014). Every helper turns the operating
+system's error into one that names the path, what was needed and what is free.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes an ordinary user can still write on the file system that holds `path` (which need not exist yet)."""
+    """Bytes an ordinary user can still write on the disk that holds `path` (which need not exist yet)."""
     folder = Path(os.path.abspath(path))
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
@@ -30,7 +30,7 @@ def free_bytes(path: Path) -> int:
 
 @contextlib.contextmanager
 def disk_errors(path: Path, bytes_needed: int | None = None) -> Iterator[None]:
-    """Turn an `OSError` inside the block into `DiskError` (full or failing disk) or `RunError` (anything else)."""
+    """Turn an `OSError` inside the block into `DiskError` (disk full or failing) or `RunError` (the rest)."""
     try:
         yield
     except OSError as error:
@@ -45,9 +45,13 @@ def explain(error: OSError, path: Path, bytes_needed: int | None = None) -> RunE
         free = "the free space cannot be read"
     needed = "" if bytes_needed is None else f"{bytes_needed} bytes are needed, "
     if error.errno in _FULL:
-        return DiskError(f"{path}: disk full ({needed}{free}); make room, then resume: nothing saved before is lost")
+        return DiskError(
+            f"{path}: disk full ({needed}{free}); make room, then resume: nothing saved before is lost"
+        )
     if error.errno == errno.EIO:
-        return DiskError(f"{path}: the disk reports an I/O error ({needed}{free}); check the disk, then resume")
+        return DiskError(
+            f"{path}: the disk reports an I/O error ({needed}{free}); check the disk, then resume"
+        )
     reason = error.strerror or str(error)
     return RunError(f"{path}: cannot be written ({reason}); choose a folder that you can write to")
 

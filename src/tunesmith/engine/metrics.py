@@ -1,4 +1,4 @@
-"""Sums with their counts, divided once; and the log with one JSON line a step that a resumed run cuts and continues."""
+"""Sums with their counts, divided once; and a log of one JSON line a step, which a resumed run cuts first."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tunesmith.errors import RunError
 class Accumulator:
     """Adds `name -> (sum, count)` over micro-batches; the mean is sum over count, never a mean of means.
 
-    Two parts (6, 3) and (2, 1) give 8 / 4 = 2. Sums and counts are numbers or tensors of one element; tensors are
-    kept in float64 where they are and read once, in `means`.
+    Two parts (6, 3) and (2, 1) give 8 / 4 = 2. Sums and counts are numbers or tensors of one element; tensors
+    are kept in float64 where they are and read once, in `means`.
     """
 
     def __init__(self) -> None:
@@ -52,8 +52,8 @@ def _wide(value: Any) -> Any:
 class MetricsLog:
     """Append-only `metrics.jsonl`: a line is handed to the system at once, and is on the disk after `sync`.
 
-    Before a checkpoint call `sync()` and store `size()` in its meta; on resume `cut(size)` removes the lines of steps
-    that will be run again.
+    Before a checkpoint call `sync()` and store `size()` in its meta; on resume `cut(size)` removes the lines of
+    steps that will be run again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -65,7 +65,7 @@ class MetricsLog:
             durable.fsync_folder(self.path.parent)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one line. NaN and infinities become the strings "NaN", "Infinity", "-Infinity": JSON has no such numbers."""
+        """Write one line. JSON has no NaN: it becomes "NaN", and infinities "Infinity" and "-Infinity"."""
         plain = {name: _plain(value) for name, value in row.items()}
         line = (json.dumps(plain, allow_nan=False) + "\n").encode()
         start = self.size()
@@ -88,13 +88,15 @@ class MetricsLog:
             os.fsync(self._descriptor)
 
     def cut(self, size: int) -> None:
-        """Shorten the file to `size` bytes; `RunError` when it is shorter already or a line would be cut in two."""
+        """Shorten the file to `size` bytes; `RunError` when it is shorter or a line would be cut in two."""
         found = self.size()
         todo = "put the run's own metrics.jsonl back, or start a new run"
         if found < size:
             raise RunError(f"{self.path}: {found} bytes found, the checkpoint was saved at {size}; {todo}")
         if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
-            raise RunError(f"{self.path}: byte {size} is not the end of a line, so it is not this run's file; {todo}")
+            raise RunError(
+                f"{self.path}: byte {size} does not end a line, so it is not this run's file; {todo}"
+            )
         with durable.disk_errors(self.path):
             os.ftruncate(self._descriptor, size)
             os.fsync(self._descriptor)

@@ -1,4 +1,4 @@
-"""Asked to stop: finish the step, save, leave. A second Ctrl-C leaves at once (the last checkpoint is intact)."""
+"""Asked to stop: finish the step, save, leave. A second Ctrl-C leaves at once; the last checkpoint is intact."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class StopSignals:
     """Context manager: SIGINT, SIGTERM, SIGHUP and SIGUSR1 set `requested` instead of ending the process.
 
     A signal that was ignored on entry stays ignored (`nohup`, background jobs). A second SIGINT raises
-    `KeyboardInterrupt` wherever the program is. Outside the main thread nothing is installed and `requested` stays
-    False, since Python only delivers signals there. The former handlers are back on exit.
+    `KeyboardInterrupt` wherever the program is. Outside the main thread nothing is installed and `requested`
+    stays False, since Python only delivers signals there. The former handlers are back on exit.
     """
 
     def __init__(self, notify: Callable[[str], None] | None = None) -> None:

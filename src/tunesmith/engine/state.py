@@ -1,7 +1,7 @@
-"""Everything a run needs to go on bit for bit: trained weights, optimizer, random states, data cursor, counters.
+"""Everything a run needs to go on bit for bit: weights, optimizer, random states, data cursor, progress.
 
-What is not trained is not saved: the base is named by its fingerprint in `identity`, and a run whose fingerprints
-changed is refused by name.
+What is not trained is not saved: the base is named by its fingerprint in `identity`, and a run whose
+fingerprints changed is refused by name.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class TrainState:
         self._buffers = {name: _stamp(buffer) for name, buffer in self.model.named_buffers()}
 
     def capture(self, *, copy: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """`(tensors, meta)` for `save_checkpoint`; without `copy` the tensors are the live ones, not snapshots.
+        """`(tensors, meta)` for `save_checkpoint`; without `copy` the tensors are live, not snapshots.
 
         Names: `model.NAME`, `buffer.NAME`, `optimizer.NAME|KEY`, `rng.cpu`, `rng.cuda.I`, `rng.generator`.
         """
@@ -76,10 +76,10 @@ class TrainState:
     def restore(
         self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, accept: Collection[str] = ()
     ) -> list[str]:
-        """Put everything back bit for bit; returns one sentence for each changed identity field named in `accept`.
+        """Put everything back bit for bit; returns a sentence for each changed identity field in `accept`.
 
-        Raises `RunError` listing every changed field (old and new) and every tensor that is missing, left over or of
-        another shape or type. Nothing is changed when it raises.
+        Raises `RunError` listing every changed field (old and new), or every tensor that is missing, left over or
+        of another shape or type. Nothing is changed when it raises.
         """
         changed = _changes(meta["identity"], self.identity)
         problems = [text for name, text in changed.items() if name not in accept]
@@ -87,7 +87,8 @@ class TrainState:
             headline = "this run was started with other inputs; restore them, or start a new run:"
             raise several(problems, RunError, headline=headline)
         if problems := self._misfits(tensors, meta):
-            raise several(problems, RunError, headline="the checkpoint does not fit this model and optimizer:")
+            headline = "the checkpoint does not fit this model and optimizer:"
+            raise several(problems, RunError, headline=headline)
         self._copy_weights(tensors)
         self._restore_optimizer(tensors, meta["optimizer"])
         self.source.restore(meta["source"])
@@ -118,11 +119,11 @@ class TrainState:
         return {parameter: name for name, parameter in self.model.named_parameters()}
 
     def _capture_optimizer(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Per-parameter state as `optimizer.NAME|KEY` tensors; plain values, devices and group settings as JSON."""
+        """State as `optimizer.NAME|KEY` tensors; plain values, devices and group settings as JSON."""
         names, tensors = self._names(), {}
         values: dict[str, dict[str, Any]] = {}
         for parameter, entries in self.optimizer.state.items():
-            name = names[parameter]
+            name = names[cast(nn.Parameter, parameter)]
             values[name] = {}
             for key, value in entries.items():
                 if isinstance(value, Tensor):
@@ -219,11 +220,11 @@ def _stamp(buffer: Tensor) -> str:
     if buffer.dtype.itemsize == 1 or not buffer.numel():
         return "fixed"
     flat = buffer.detach().to("cpu").contiguous().reshape(-1)
-    return sha256(memoryview(flat.view(torch.uint8).numpy())).hexdigest()
+    return sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
 def _pack(value: Any, where: str) -> Any:
-    """A plain value as strict JSON that gives the same value back: tuples and non-finite numbers are marked."""
+    """A plain value as JSON that gives the same value back: tuples and non-finite numbers are marked."""
     if isinstance(value, tuple):
         return {"tuple": [_pack(item, where) for item in value]}
     if isinstance(value, list):
