@@ -1,0 +1,362 @@
+"""Every knob of a run: what the user writes, checked at once, and where each value came from."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tunesmith.errors import RecipeError, several
+from tunesmith.recipe_rules import DEFAULTS, check_together, method_defaults
+from tunesmith.recipe_yaml import Lines, parse_yaml, read_text, scalar
+
+StageName = Literal["pretrain", "mlm", "sft", "classify"]
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of the recipe: frozen, typed strictly, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class MixPart(Section):
+    """One of several training sets and how much of the mix it is."""
+
+    path: str
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    format: str | None = None
+    columns: dict[str, str] | None = None
+    template: str | None = None
+
+
+class SplitSpec(Section):
+    """Shares of `train` to hold out when no `eval` or `test` is named."""
+
+    eval: Share = 0.1
+    test: Share = 0.0
+
+
+class DataSpec(Section):
+    """What is read and how it is turned into samples."""
+
+    train: str | None = None
+    mix: list[MixPart] | None = None
+    eval: str | None = None
+    test: str | None = None
+    split: SplitSpec | None = None
+    group_key: str | None = None
+    format: str | None = None
+    columns: dict[str, str] | None = None
+    template: str | None = None
+    max_length: Positive | None = None
+    on_too_long: Literal["error", "truncate_left", "truncate_right", "split", "drop"] = "error"
+    on_bad_row: Literal["error", "skip"] = "error"
+    on_overlap: Literal["error", "allow"] = "error"
+    train_on_prompt: bool = False
+    multi_label: bool = False
+    mask_rate: Annotated[float, Field(gt=0, lt=1)] = 0.15
+
+
+class TuneSpec(Section):
+    """Which parameters learn."""
+
+    method: Literal["full", "last_layers", "head", "lora", "bias", "peft"] = "lora"
+    layers: Positive | None = None
+    rank: Positive | None = None
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    dropout: Share | None = None
+    targets: Literal["all-linear"] | list[str] | None = None
+    init: Literal["default", "pissa"] | None = None
+    rank_stabilized: bool | None = None
+    dora: bool | None = None
+    train_also: list[str] | None = None
+    adapter: str | None = None
+    peft: dict[str, Any] | None = None
+
+
+class StoppingSpec(Section):
+    """Stop when the selected metric has not improved for `patience` evaluations."""
+
+    patience: Positive
+
+
+class TrainSpec(Section):
+    """How the loop runs."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: Positive | None = None
+    batch_examples: Positive | None = None
+    batch_tokens: Positive | None = None
+    micro_batch_tokens: Positive = 8192
+    learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
+    adapter_b_rate_ratio: Annotated[float, Field(gt=0)] | None = None
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    beta1: Share = 0.9
+    beta2: Share = 0.999
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    eval_every: Positive | None = None
+    save_every: Positive | None = None
+    keep: Positive = 2
+    select_by: str | None = None
+    early_stopping: StoppingSpec | None = None
+    checkpoint_activations: bool = False
+
+
+class GenerateSpec(Section):
+    """How completions for the evaluation are sampled."""
+
+    max_tokens: Positive = 128
+    examples: Positive = 50
+
+
+class EvaluateSpec(Section):
+    """What is measured before and after, beside the loss."""
+
+    samples: Annotated[int, Field(ge=0)] = 5
+    generate: GenerateSpec | None = None
+    probe: str | None = None
+    sentences: list[str] = Field(default_factory=list)
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    stage: StageName
+    base: str
+    data: DataSpec
+    run: str | None = None
+    seed: Annotated[int, Field(ge=0)] = 42
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "auto"
+    threads: Positive | None = None
+    trust_remote_code: str | None = None
+    tune: TuneSpec = Field(default_factory=TuneSpec)
+    train: TrainSpec = Field(default_factory=TrainSpec)
+    evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A recipe with all defaults filled in; `origins` maps each dotted key to user, override, extends, default or
+    derived."""
+
+    recipe: Recipe
+    origins: Mapping[str, str]
+    warnings: tuple[str, ...]
+    folder: Path
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, loadable again with the same result."""
+        return yaml.safe_dump(self.recipe.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Resolved:
+    """Read, override (`key.path=value`), check and fill in a recipe.
+
+    Raises `RecipeError` that lists every problem with its line and the nearest right name.
+    """
+    if isinstance(source, Mapping):
+        raw, lines, name, folder = _copy(source), {}, "recipe", Path.cwd()
+        origins = dict.fromkeys(_leaves(raw), "user")
+    else:
+        path = Path(source)
+        raw, lines, origins = _read_chain(path, ())
+        name, folder = str(path), path.resolve().parent
+    problems = _apply_overrides(raw, overrides, origins)
+    problems += _unsupported(raw, lines, name)
+    if problems:
+        raise several(problems, RecipeError, headline=f"{name} cannot be run:")
+    recipe = _validate(raw, lines, name)
+    problems, warnings = check_together(raw, recipe.model_dump())
+    if problems:
+        raise several([_at(name, lines, key, text) for key, text in problems], RecipeError, headline=f"{name} cannot be run:")
+    return _fill(raw, recipe, origins, warnings, folder)
+
+
+def load_resolved(path: Path) -> Recipe:
+    """The recipe a run has saved: complete, so it is only checked for its types."""
+    raw, lines = parse_yaml(read_text(path), str(path))
+    return _validate(raw, lines, str(path))
+
+
+def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key of the recipe with its default, for docs and checks."""
+    keys: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        inner = _section_of(field.annotation)
+        if inner is not None:
+            keys |= known_keys(inner, f"{prefix}{name}.")
+        else:
+            keys[prefix + name] = None if field.is_required() else field.get_default(call_default_factory=True)
+    return keys
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, Section) and candidate is not MixPart:
+            return candidate
+    return None
+
+
+def _read_chain(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], Lines, dict[str, str]]:
+    """A recipe and what it extends, the nearer file winning."""
+    if path.resolve() in seen:
+        raise RecipeError(f"{path} extends itself through {' -> '.join(p.name for p in seen)}")
+    raw, lines = parse_yaml(read_text(path), str(path))
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: a recipe is a list of `key: value` lines; found {type(raw).__name__}")
+    parent = raw.pop("extends", None)
+    origins = dict.fromkeys(_leaves(raw), "user")
+    if parent is None:
+        return raw, lines, origins
+    target = (path.parent / str(parent)).resolve()
+    if not target.is_relative_to(path.resolve().parent):
+        raise RecipeError(f"{path}: `extends: {parent}` leaves the recipe's folder; copy that file beside this one")
+    base, _, base_origins = _read_chain(target, (*seen, path.resolve()))
+    _merge(base, raw)
+    return base, lines, {**dict.fromkeys(base_origins, f"extends {parent}"), **origins}
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            _merge(base[key], value)
+        else:
+            base[key] = value
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _leaves(raw: Mapping[str, Any], prefix: str = "") -> list[str]:
+    out: list[str] = []
+    for key, value in raw.items():
+        out += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"]
+    return out
+
+
+def _apply_overrides(raw: dict[str, Any], overrides: Sequence[str], origins: dict[str, str]) -> list[str]:
+    problems = []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            problems.append(f"`{text}` is not an override; write key.path=value, as in train.learning_rate=1e-4")
+            continue
+        *parents, last = key.split(".")
+        at: Any = raw
+        for parent in parents:
+            at = at.setdefault(parent, {}) if isinstance(at, dict) else None
+        if not isinstance(at, dict):
+            problems.append(f"`{text}`: {'.'.join(parents)} holds a value, not a section")
+            continue
+        at[last] = parse_yaml(value, f"override {key}")[0] if value[:1] in "[{\"'" and value else scalar(value)
+        origins[key] = "override"
+    return problems
+
+
+def _unsupported(raw: Mapping[str, Any], lines: Lines, name: str) -> list[str]:
+    """Stages and options that this version does not have, said plainly."""
+    stages = ("pretrain", "mlm", "sft", "classify")
+    stage = raw.get("stage")
+    if isinstance(stage, str) and stage not in stages:
+        near = difflib.get_close_matches(stage, stages, 1, 0.5)
+        hint = f"did you mean `{near[0]}`?" if near else f"this version has {', '.join(stages)}"
+        return [_at(name, lines, "stage", f"there is no stage `{stage}`; {hint}")]
+    return []
+
+
+def _at(name: str, lines: Lines, key: str, text: str) -> str:
+    path = tuple(key.split("."))
+    while path and path not in lines:
+        path = path[:-1]
+    return f"{name}:{lines[path]}: {text}" if path in lines and path else f"{name}: {text}"
+
+
+def _validate(raw: Mapping[str, Any], lines: Lines, name: str) -> Recipe:
+    try:
+        return Recipe.model_validate(dict(raw))
+    except ValidationError as error:
+        problems = [_explain(item, lines, name) for item in error.errors()]
+        raise several(problems, RecipeError, headline=f"{name} has {len(problems)} problem(s):") from None
+
+
+def _explain(item: Any, lines: Lines, name: str) -> str:
+    location = [str(part) for part in item["loc"] if not (isinstance(part, str) and part.startswith(("list[", "literal[")))]
+    key, kind = ".".join(location), item["type"]
+    if kind == "extra_forbidden":
+        return _at(name, lines, key, f"there is no key `{key}`{_suggest(key)}")
+    if kind == "missing":
+        return _at(name, lines, key, f"`{key}` is missing; {_MISSING.get(key, 'add it')}")
+    found = repr(item["input"])[:60]
+    return _at(name, lines, key, f"`{key}` is {found}: {item['msg'].replace('Input s', 's')}{_quoted(item['input'])}")
+
+
+_MISSING = {
+    "stage": "name one of pretrain, mlm, sft, classify",
+    "base": "name the pre-trained model: a folder or a hub id such as distilbert/distilbert-base-uncased",
+    "data": "add a `data:` section with `train: FILE`",
+}
+
+
+def _quoted(value: Any) -> str:
+    if isinstance(value, str) and not isinstance(scalar(value), str):
+        return f" (it is text because of its quotes; write {value} without them)"
+    return ""
+
+
+@functools.cache
+def _all_keys() -> tuple[str, ...]:
+    keys = list(known_keys())
+    sections = {key.rsplit(".", 1)[0] for key in keys if "." in key}
+    return (*keys, *sorted(sections), "extends")
+
+
+def _suggest(key: str) -> str:
+    """The nearest key of the same section, else the same word in another section."""
+    prefix, _, last = key.rpartition(".")
+    inside = [k.removeprefix(f"{prefix}.") for k in _all_keys() if k.rpartition(".")[0] == prefix]
+    near = difflib.get_close_matches(last, inside, 1, 0.6)
+    if near:
+        return f"; did you mean `{near[0]}`?"
+    elsewhere = [k for k in _all_keys() if k.rpartition(".")[2] == last]
+    elsewhere += [k for k in _all_keys() if difflib.SequenceMatcher(None, last, k.rpartition(".")[2]).ratio() > 0.8]
+    if elsewhere:
+        return f"; did you mean `{elsewhere[0]}`?"
+    return f"; {'this section' if prefix else 'a recipe'} has {', '.join(sorted(inside)) or 'no keys'}"
+
+
+def _fill(
+    raw: Mapping[str, Any], recipe: Recipe, origins: dict[str, str], warnings: list[str], folder: Path
+) -> Resolved:
+    """Put in what depends on stage and method, and say where every value came from."""
+    values = recipe.model_dump()
+    given = set(_leaves(raw))
+    derived = method_defaults(recipe.stage, values)
+    for key, value in derived.items():
+        section, _, name = key.rpartition(".")
+        at = values[section] if section else values
+        if at[name] is None and key not in given:
+            at[name] = value
+            origins[key] = "derived"
+    final = Recipe.model_validate(values)
+    for key in known_keys():
+        if not any(g == key or g.startswith(f"{key}.") or key.startswith(f"{g}.") for g in given):
+            origins.setdefault(key, "default")
+    return Resolved(final, origins, tuple(warnings), folder)
+
+
+__all__ = ["DEFAULTS", "DataSpec", "Recipe", "Resolved", "TrainSpec", "TuneSpec", "known_keys", "load_recipe"]

@@ -1,0 +1,135 @@
+"""What depends on the stage and the method: defaults, keys that would do nothing, and values that look wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+DEFAULTS: dict[str, float] = {
+    "full": 2e-5, "last_layers": 5e-5, "head": 1e-3, "lora": 2e-4, "bias": 1e-3, "peft": 1e-3
+}  # fmt: skip
+"""Learning rate by method. An adapter starts at zero and is small, so it wants about ten times the rate of a full
+run (LoRA, 2106.09685, appendix D: 5e-6 full and 2e-4 LoRA on GPT-3)."""
+
+_METHOD_KEYS = {
+    "layers": {"last_layers"},
+    "rank": {"lora"},
+    "alpha": {"lora"},
+    "dropout": {"lora"},
+    "targets": {"lora"},
+    "init": {"lora"},
+    "rank_stabilized": {"lora"},
+    "dora": {"lora"},
+    "adapter": {"lora"},
+    "train_also": {"lora", "peft", "bias"},
+    "peft": {"peft"},
+}
+_STAGE_KEYS = {
+    "data.template": {"sft"},
+    "data.train_on_prompt": {"sft"},
+    "data.multi_label": {"classify"},
+    "data.mask_rate": {"mlm"},
+    "evaluate.generate": {"sft"},
+    "evaluate.sentences": {"classify"},
+}
+METRICS = {
+    "pretrain": ("loss", "perplexity", "bits_per_byte"),
+    "mlm": ("loss", "perplexity"),
+    "sft": ("loss", "perplexity", "bits_per_byte"),
+    "classify": ("loss", "accuracy", "f1", "mcc"),
+}
+_EXAMPLES = {"pretrain": 16, "mlm": 16, "sft": 16, "classify": 16}
+
+
+def method_defaults(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted key -> value for what the user left open."""
+    method, train = values["tune"]["method"], values["train"]
+    found: dict[str, Any] = {"train.learning_rate": DEFAULTS[method]}
+    if train["steps"] is None:
+        found["train.epochs"] = 1.0 if stage == "pretrain" else 3.0
+    if train["batch_tokens"] is None:
+        found["train.batch_examples"] = _EXAMPLES[stage]
+    if method == "lora":
+        found |= {
+            "tune.rank": 16, "tune.alpha": float(2 * (values["tune"]["rank"] or 16)), "tune.dropout": 0.0,
+            "tune.targets": "all-linear", "tune.init": "default", "tune.rank_stabilized": False, "tune.dora": False,
+            "train.adapter_b_rate_ratio": 1.0,
+        }  # fmt: skip
+    if method == "last_layers":
+        found["tune.layers"] = 1
+    if _has_eval(values["data"]):
+        found["train.select_by"] = "accuracy" if stage == "classify" else "loss"
+    return found
+
+
+def _has_eval(data: Mapping[str, Any]) -> bool:
+    return data["eval"] is not None or data["split"] is not None
+
+
+def check_together(raw: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[str]]:
+    """(problems as (key, text), warnings) from keys that contradict each other or would do nothing."""
+    problems = _idle_keys(raw, values) + _contradictions(values)
+    return problems, _warnings(values)
+
+
+def _given(raw: Mapping[str, Any], key: str) -> bool:
+    at: Any = raw
+    for part in key.split("."):
+        if not isinstance(at, dict) or part not in at:
+            return False
+        at = at[part]
+    return True
+
+
+def _idle_keys(raw: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    stage, method = values["stage"], values["tune"]["method"]
+    problems = []
+    for key, methods in _METHOD_KEYS.items():
+        if _given(raw, f"tune.{key}") and method not in methods:
+            wanted = " or ".join(sorted(methods))
+            problems.append((f"tune.{key}", f"`tune.{key}` does nothing with method {method}; it is for {wanted}"))
+    for key, stages in _STAGE_KEYS.items():
+        if _given(raw, key) and stage not in stages:
+            problems.append((key, f"`{key}` does nothing in stage {stage}; it is for {' or '.join(sorted(stages))}"))
+    if _given(raw, "train.adapter_b_rate_ratio") and method != "lora":
+        problems.append(("train.adapter_b_rate_ratio", "`train.adapter_b_rate_ratio` is for method lora"))
+    return problems
+
+
+def _contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    data, train, stage = values["data"], values["train"], values["stage"]
+    problems = []
+    if (data["train"] is None) == (data["mix"] is None):
+        problems.append(("data", "name the training data once: `data.train: FILE` or `data.mix: [...]`"))
+    if train["epochs"] is not None and train["steps"] is not None:
+        problems.append(("train.steps", "`train.epochs` and `train.steps` both say how long to train; keep one"))
+    if train["batch_examples"] is not None and train["batch_tokens"] is not None:
+        problems.append(("train.batch_tokens", "`train.batch_examples` and `train.batch_tokens` both size a step; keep one"))
+    if data["on_too_long"] == "split" and stage not in ("pretrain", "mlm"):
+        problems.append(("data.on_too_long", f"`split` would cut an answer in two; stage {stage} takes error, "
+                         "truncate_left, truncate_right or drop"))  # fmt: skip
+    if values["tune"]["method"] == "peft" and not (values["tune"]["peft"] or {}).get("peft_type"):
+        problems.append(("tune.peft", "method peft needs `tune.peft: {peft_type: IA3, ...}`"))
+    if values["tune"]["method"] == "head" and stage != "classify":
+        problems.append(("tune.method", "method head trains a new output head, which only classify has; "
+                         "take last_layers for a language model"))  # fmt: skip
+    select = train["select_by"]
+    if select is not None and select not in METRICS[stage]:
+        problems.append(("train.select_by", f"`{select}` is not measured in stage {stage}; take {', '.join(METRICS[stage])}"))
+    if (select is not None or train["early_stopping"]) and not _has_eval(data):
+        problems.append(("train.select_by", "choosing a checkpoint needs held-out rows: add `data.eval` or `data.split`"))
+    if train["warmup"] > 1 and train["warmup"] != int(train["warmup"]):
+        problems.append(("train.warmup", "`train.warmup` is a share below 1 or a whole number of steps"))
+    return problems
+
+
+def _warnings(values: Mapping[str, Any]) -> list[str]:
+    rate, method = values["train"]["learning_rate"], values["tune"]["method"]
+    found = []
+    if rate is not None and method == "full" and rate >= 1e-4:
+        found.append(f"train.learning_rate {rate:g} is an adapter's rate; a full run usually wants {DEFAULTS['full']:g}")
+    if rate is not None and method == "lora" and rate < 2e-5:
+        found.append(f"train.learning_rate {rate:g} is a full run's rate; LoRA usually wants {DEFAULTS['lora']:g}")
+    if not _has_eval(values["data"]):
+        found.append("no held-out rows (data.eval or data.split): the run cannot tell whether it helped")
+    return found

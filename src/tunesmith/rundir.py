@@ -1,0 +1,178 @@
+"""A run is a folder: the names in it, who may write to it, and files that are whole or absent."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import RunError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}$")
+LAYOUT = {
+    "recipe": "recipe.yaml",
+    "origins": "origins.json",
+    "environment": "environment.json",
+    "inputs": "inputs.json",
+    "trainable": "trainable.json",
+    "metrics": "metrics.jsonl",
+    "evaluations": "evaluations.jsonl",
+    "timings": "timings.jsonl",
+    "before": "before.json",
+    "samples": "samples.jsonl",
+    "result": "result.json",
+    "report": "report.html",
+    "card": "model_card.md",
+    "checkpoints": "checkpoints",
+    "final": "final",
+    "lock": ".lock",
+}
+
+
+@dataclass(slots=True)
+class RunDir:
+    """One run's folder. `run.file("metrics")` is the path of a known file; the table is `LAYOUT`."""
+
+    path: Path
+    _lock: int = -1
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    def file(self, name: str) -> Path:
+        """Path of a file of the layout."""
+        return self.path / LAYOUT[name]
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a file of the layout, whole or not at all."""
+        self.write_text(name, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file of the layout, whole or not at all."""
+        write_whole(self.file(name), text)
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file of the layout; `RunError` when it is missing or damaged."""
+        try:
+            return json.loads(self.file(name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunError(f"{self.path} has no {LAYOUT[name]}; is it a run folder, and did the run get that far?") from None
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.file(name)} is damaged: {error}") from None
+
+    def lock(self) -> RunDir:
+        """Become the one writer; `RunError` names who writes here already. The lock ends with the process."""
+        self._lock = os.open(self.file("lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.read(self._lock, 500).decode(errors="replace").strip() or "another process"
+            os.close(self._lock)
+            self._lock = -1
+            raise RunError(f"{self.path} is being written by {owner}; wait for it, or give this run another name") from None
+        os.ftruncate(self._lock, 0)
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()} since {started}\n".encode(), 0)
+        return self
+
+    def unlock(self) -> None:
+        """Let others write."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    @property
+    def finished(self) -> bool:
+        """True when the run has its result."""
+        return self.file("result").is_file()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write beside, fsync, rename."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path}: {error.strerror}") from None
+
+
+def create_run(name: str | None, *, stage: str, root: Path | str = "runs") -> RunDir:
+    """A new run folder under `root`, or at `name` when that is a path. `RunError` when it already holds a run."""
+    path = _place(name, root) if name else _fresh(Path(root), stage)
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path} is a file; name a folder for the run")
+    if (path / LAYOUT["recipe"]).exists():
+        raise RunError(f"{path} already holds a run; go on with `tunesmith train --resume {path}`, or take another name")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise RunError(f"cannot write to {path}: {error.strerror}; choose a folder you may write to with --run") from None
+    return RunDir(path)
+
+
+def open_run(name: str | Path, *, root: Path | str = "runs") -> RunDir:
+    """An existing run, by folder or by its name under `root`."""
+    for candidate in (Path(name), Path(root) / str(name)):
+        if (candidate / LAYOUT["recipe"]).is_file():
+            return RunDir(candidate)
+    known = [run.name for run in list_runs(root)]
+    hint = f"; the runs in {root}/ are {', '.join(known[-8:])}" if known else f"; there are no runs in {root}/"
+    raise RunError(f"there is no run {name}{hint}")
+
+
+def list_runs(root: Path | str = "runs") -> list[RunDir]:
+    """All runs under `root`, oldest first."""
+    found = [path.parent for path in Path(root).glob(f"*/{LAYOUT['recipe']}")]
+    return [RunDir(path) for path in sorted(found, key=lambda p: (p / LAYOUT["recipe"]).stat().st_mtime)]
+
+
+def _place(name: str, root: Path | str) -> Path:
+    if "\0" in name:
+        raise RunError("a run's name cannot hold a NUL byte")
+    if os.sep in name or name in (".", ".."):
+        return Path(name)
+    if not _NAME.match(name):
+        raise RunError(f"`{name[:60]}` is no name for a run: letters, digits, dots, dashes, at most 120 of them")
+    return Path(root) / name
+
+
+def _fresh(root: Path, stage: str) -> Path:
+    stem = f"{stage}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in range(1000):
+        path = root / (stem if number == 0 else f"{stem}-{number}")
+        if not path.exists():
+            return path
+    raise RunError(f"too many runs named {stem} in {root}")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file; a last line still being written is left out."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return out
