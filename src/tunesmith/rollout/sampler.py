@@ -125,7 +125,11 @@ class Sampler:
         return tuple(sorted({int(i) for i in flat if i is not None}))
 
     def _check(self, prompts: Sequence[Sequence[int]], num_per_prompt: int, max_tokens: int) -> None:
-        problems = [f"prompt {i} is empty: begin with a token, for instance bos" for i, p in enumerate(prompts) if len(p) == 0]
+        problems = [
+            f"prompt {i} is empty: begin with a token, for instance bos"
+            for i, p in enumerate(prompts)
+            if len(p) == 0
+        ]
         if self._max_positions is not None:
             problems += [
                 f"prompt {i} has {len(p)} tokens, the model takes {self._max_positions} with at least one to add: shorten it"
@@ -139,8 +143,12 @@ class Sampler:
             raise ModelError("sampling: " + "; ".join(problems[:20]) + more)
 
     def _row(self, index: int, number: int, prompt: Sequence[int], max_tokens: int, seed: int) -> _Row:
-        room = max_tokens if self._max_positions is None else min(max_tokens, self._max_positions - len(prompt))
-        generator = torch.Generator(device=self.model.backbone.device).manual_seed(stream_seed(seed, index, number))
+        room = (
+            max_tokens if self._max_positions is None else min(max_tokens, self._max_positions - len(prompt))
+        )
+        generator = torch.Generator(device=self.model.backbone.device).manual_seed(
+            stream_seed(seed, index, number)
+        )
         return _Row(index, number, prompt, room, generator)
 
     def _groups(self, prompts: Sequence[Sequence[int]], num: int, max_tokens: int) -> Iterator[list[int]]:
@@ -184,7 +192,9 @@ class Sampler:
         low = model.compute != torch.float32
         with torch.autocast(ids.device.type, model.compute, enabled=low):
             if not self._cached:
-                return model.backbone(input_ids=ids, use_cache=False, **self._keep).logits[:, -1].float(), None
+                return model.backbone(input_ids=ids, use_cache=False, **self._keep).logits[
+                    :, -1
+                ].float(), None
             positions = (mask.cumsum(1) - 1).clamp_min(0)
             if cache is not None:
                 ids, positions = ids[:, -1:], positions[:, -1:]
