@@ -111,6 +111,7 @@ class LoraLinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.out_features, self.in_features = weight_matrix(base).shape
         self.rank, self.scaling, self.dropout = spec.rank, spec.scaling, spec.dropout
+        self.rank_stabilized = spec.rank_stabilized
         self.enabled, self.merged = True, False
         device = weight_matrix(base).device
         self.lora_A = nn.Parameter(torch.zeros(spec.rank, self.in_features, device=device))
@@ -256,7 +257,9 @@ def merge(model: nn.Module) -> None:
     """Add each update into its frozen weight, in place. Raises ModelError, with nothing changed, on NaN or infinity."""
     bad = nonfinite(model)
     if bad:
-        raise ModelError(f"the adapter holds NaN or infinity in {', '.join(bad[:5])}: not merged, the base is unchanged")
+        raise ModelError(
+            f"the adapter holds NaN or infinity in {', '.join(bad[:5])}: not merged, the base is unchanged"
+        )
     for layer in lora_layers(model).values():
         if not layer.merged:
             _shift(layer, layer.merged_matrix() - weight_matrix(layer.base).float())

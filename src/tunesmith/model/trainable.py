@@ -132,7 +132,9 @@ def _plain(backbone: Any, spec: TrainableSpec) -> set[str]:
         return freed | biases
     name, blocks = find_blocks(backbone)
     if not 1 <= spec.layers <= len(blocks):
-        raise ModelError(f"last_layers {spec.layers}: this base has {len(blocks)} layers ({name}), choose 1 to {len(blocks)}")
+        raise ModelError(
+            f"last_layers {spec.layers}: this base has {len(blocks)} layers ({name}), choose 1 to {len(blocks)}"
+        )
     last = [f"{name}.{i}" for i in range(len(blocks) - spec.layers, len(blocks))]
     return freed | _parameters(backbone, last)
 
@@ -270,4 +272,6 @@ def _add_adapter(backbone: Any, spec: TrainableSpec, also: list[str]) -> set[str
         dora=spec.dora,
         seed=spec.seed,
     )
-    return adapters.add_lora(backbone, [name for name in targets if name not in clash], settings, also=also).free(backbone)
+    return adapters.add_lora(backbone, [name for name in targets if name not in clash], settings, also=also).free(
+        backbone
+    )

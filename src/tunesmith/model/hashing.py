@@ -1,0 +1,38 @@
+"""The content of a base as one hash: of its safetensors files, or of the parameters of a model made in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def weights_hash(folder: Path) -> str:
+    """sha256 over the names and contents of the safetensors files in `folder`."""
+    total = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            total.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def backbone_hash(backbone: Any, *, skip: Iterable[str] = ()) -> str | None:
+    """The hash of the folder that `backbone` came from; else of its parameters outside the modules `skip`.
+
+    None on the meta device, where there is no content.
+    """
+    folder = Path(getattr(backbone, "name_or_path", "") or "/nonexistent")
+    if folder.is_dir() and any(folder.glob("*.safetensors")):
+        return weights_hash(folder)
+    skip = tuple(f"{name}." for name in skip)
+    total = hashlib.sha256()
+    for name, parameter in backbone.named_parameters():
+        if parameter.is_meta:
+            return None
+        if not name.startswith(skip):
+            total.update(name.encode() + str(parameter.dtype).encode())
+            total.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()

@@ -1,0 +1,164 @@
+"""PEFT's other methods (IA3, LoHa, LoKr, VeRA, OFT, ...), put in and taken out through PEFT itself."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.errors import ModelError
+from tunesmith.model.lora import place
+
+_NAME = "default"
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ModelError("tune.method peft needs the peft package: pip install 'tunesmith[peft]'") from error
+    return peft
+
+
+def methods() -> list[str]:
+    """The peft_type names that can be put into a model layer by layer."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+    apart = {"ADAPTION_PROMPT", "SHADOW", "XLORA", "CPT", "CARTRIDGE", "POLY"}
+    known = [kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING if kind in PEFT_TYPE_TO_TUNER_MAPPING]
+    return sorted(k for k in known if k not in apart and not k.endswith(("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")))
+
+
+def make_config(options: Mapping[str, Any]) -> Any:
+    """A PEFT configuration from the recipe's mapping; unknown types and keys are ModelErrors that list the known ones."""
+    _peft()
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    rest = dict(options)
+    kind = str(rest.pop("peft_type", "")).upper()
+    if kind not in methods():
+        raise ModelError(f"tune.peft.peft_type {kind or 'is missing'!r}: choose one of {', '.join(methods())}")
+    cls = next(c for k, c in PEFT_TYPE_TO_CONFIG_MAPPING.items() if k.value == kind)
+    known = {field.name for field in fields(cls) if field.init}
+    unknown = sorted(set(rest) - known)
+    if unknown:
+        raise ModelError(f"tune.peft: {kind} has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    try:
+        return cls(**rest)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"tune.peft: {kind} refuses these settings: {error}") from error
+
+
+def read_config(folder: Path) -> Any:
+    """The configuration in an adapter folder; modules kept whole are not PEFT's business here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            config = _peft().PeftConfig.from_pretrained(str(folder))
+        except (TypeError, ValueError, KeyError) as error:
+            raise ModelError(f"{folder}: PEFT cannot read this adapter: {error}") from error
+    kind = config.peft_type if isinstance(config.peft_type, str) else config.peft_type.value
+    if str(getattr(kind, "value", kind)) not in methods():
+        raise ModelError(f"{folder}: {kind} adapters cannot be put into a model layer by layer; see {methods()}")
+    config.modules_to_save, config.inference_mode = None, False
+    return config
+
+
+def inject(backbone: Any, config: Any, *, seed: int = 0) -> None:
+    """Put the method's layers in, in place, initialised from `seed` without touching the global random state."""
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        try:
+            _peft().inject_adapter_in_model(config, backbone, _NAME)
+        except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
+            raise ModelError(f"PEFT cannot put this adapter into {type(backbone).__name__}: {error}") from error
+
+
+def adapter_parameters(backbone: nn.Module) -> set[str]:
+    """Names of the parameters that PEFT made and lets learn, read just after `inject`."""
+    return {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+
+
+def _layers(backbone: nn.Module) -> dict[str, Any]:
+    if not hasattr(backbone, "peft_config"):
+        return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: module for name, module in backbone.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def tensors(backbone: Any) -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's names, without the prefix."""
+    from peft import get_peft_model_state_dict
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model_state_dict(backbone, adapter_name=_NAME, save_embedding_layers=False)
+
+
+def load_tensors(backbone: Any, values: Mapping[str, Tensor]) -> None:
+    """Fill the layers put in by `inject`. Raises ModelError when the file holds what they do not have."""
+    from peft import set_peft_model_state_dict
+
+    try:
+        result = set_peft_model_state_dict(backbone, dict(values), adapter_name=_NAME)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise ModelError(f"this adapter's tensors do not fit this base: {error}") from error
+    if result.unexpected_keys:
+        raise ModelError(f"this adapter holds tensors that its layers do not have: {result.unexpected_keys[:5]}")
+
+
+def config_dict(config: Any) -> dict[str, Any]:
+    """The configuration as JSON can hold it."""
+    return {key: _plain(value) for key, value in config.to_dict().items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return getattr(value, "value", value) if not isinstance(value, (str, int, float, bool, type(None))) else value
+
+
+def remove(backbone: Any) -> None:
+    """Take PEFT's layers out again."""
+    for name, layer in _layers(backbone).items():
+        place(backbone, name, layer.get_base_layer())
+    del backbone.peft_config
+
+
+def merge(backbone: Any) -> None:
+    """Merge PEFT's layers into their base layers and take them out. Raises ModelError where the method cannot merge."""
+    try:
+        for name, layer in _layers(backbone).items():
+            layer.merge(safe_merge=True)
+            place(backbone, name, layer.get_base_layer())
+    except (ValueError, AttributeError, NotImplementedError, TypeError) as error:
+        raise ModelError(f"this adapter cannot be merged: {error}. Export it as an adapter") from error
+    del backbone.peft_config
+
+
+@contextmanager
+def switched_off(backbone: nn.Module) -> Iterator[None]:
+    """PEFT's layers pass their base's output through for a while."""
+    layers = list(_layers(backbone).values())
+    grads = {id(p): p.requires_grad for p in backbone.parameters()}
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter in backbone.parameters():
+            parameter.requires_grad_(grads[id(parameter)])
