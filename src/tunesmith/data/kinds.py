@@ -1,0 +1,110 @@
+"""The typed rows: `Text`, `Chat`, `Pair`, `Labelled`, `Prompt`, each with its origin as `file:line`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `trained` says whether an assistant turn is learned (None: the stage's default).
+
+    `tool_calls` holds `{"type": "function", "function": {"name", "arguments": mapping}}`; `name` and
+    `tool_call_id` belong to the result of a call (role "tool").
+    """
+
+    role: str
+    content: str
+    trained: bool | None = None
+    tool_calls: tuple[Mapping[str, object], ...] = ()
+    name: str | None = None
+    tool_call_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Raw text; every token is learned."""
+
+    text: str
+    origin: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation of at least one prompt and one answer; `tools` are JSON schemas for the chat template."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, object], ...] | None = None
+    origin: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two answers to one prompt, the better one first."""
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    origin: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A text (or two) and the name of its class; several names, perhaps none, when a row may have many labels."""
+
+    text: str
+    label: str | tuple[str, ...]
+    text_pair: str | None = None
+    origin: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a policy answers. `answer` is a reference for rewards; `columns` are the row's other fields."""
+
+    messages: tuple[Message, ...]
+    answer: str | None = None
+    columns: Mapping[str, object] = field(default_factory=dict)
+    origin: str = ""
+
+
+Record = Text | Chat | Pair | Labelled | Prompt
+
+
+def input_text(record: Record) -> str:
+    """What the model is given: everything but the answer, the label or the two candidates."""
+    match record:
+        case Text(text=text):
+            return text
+        case Labelled(text=text, text_pair=pair):
+            return text if pair is None else f"{text}\n{pair}"
+        case Chat(messages=messages):
+            last = max((i for i, m in enumerate(messages) if m.role == "assistant"), default=len(messages))
+            return "\n".join(m.content for m in messages[:last])
+        case Pair(prompt=messages) | Prompt(messages=messages):
+            return "\n".join(m.content for m in messages)
+
+
+def output_text(record: Record) -> str:
+    """What the model should give: the last answer, the label, the chosen candidate; empty for raw text."""
+    match record:
+        case Text():
+            return ""
+        case Labelled(label=label):
+            return label if isinstance(label, str) else ", ".join(label)
+        case Chat(messages=messages):
+            return next((m.content for m in reversed(messages) if m.role == "assistant"), "")
+        case Pair(chosen=chosen):
+            return chosen
+        case Prompt(answer=answer):
+            return answer or ""
+
+
+def full_text(record: Record) -> str:
+    """Input and output together: what two rows must share to be duplicates."""
+    if isinstance(record, Pair):
+        return "\n".join([input_text(record), record.chosen, record.rejected])
+    if isinstance(record, Chat):
+        return "\n".join(message.content for message in record.messages)
+    return f"{input_text(record)}\n{output_text(record)}"
