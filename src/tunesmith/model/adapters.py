@@ -163,18 +163,16 @@ def disabled(backbone: Any) -> Iterator[None]:
 def adapter_tensors(backbone: Any) -> dict[str, Tensor]:
     """Every tensor of the adapter under PEFT's key name, detached, on the CPU, contiguous."""
     adapter = _carried(backbone)
-    found: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {} if adapter.config is None else peft_methods.tensors(backbone)
     for name, layer in lora.lora_layers(backbone).items():
         a, b = layer.pair()
-        found[f"{name}.lora_A.weight"], found[f"{name}.lora_B.weight"] = a, b
+        found[f"{PREFIX}{name}.lora_A.weight"], found[f"{PREFIX}{name}.lora_B.weight"] = a, b
         if layer.lora_magnitude_vector is not None:
-            found[f"{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector
-    if adapter.config is not None:
-        found |= peft_methods.tensors(backbone)
+            found[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector
     for module in adapter.modules:
         for name, parameter in backbone.get_submodule(module).named_parameters():
-            found[f"{module}.{name}"] = parameter
-    return {PREFIX + key: value.detach().cpu().contiguous().clone() for key, value in found.items()}
+            found[f"{PREFIX}{module}.{name}"] = parameter
+    return {key: value.detach().cpu().contiguous().clone() for key, value in found.items()}
 
 
 def save_adapter(backbone: Any, folder: Path | str, base_name: str) -> Path:
@@ -211,7 +209,7 @@ def _lora_config(backbone: nn.Module) -> dict[str, Any]:
     stabilized = any(layer.rank_stabilized for layer in layers.values())
     ranks = {name: layer.pair()[0].shape[0] for name, layer in layers.items()}
     alphas = {n: layer.scaling * (math.sqrt(ranks[n]) if stabilized else ranks[n]) for n, layer in layers.items()}
-    alphas = {name: int(round(a)) if abs(a - round(a)) < 1e-9 else a for name, a in alphas.items()}
+    alphas = {name: round(a) if abs(a - round(a)) < 1e-9 else a for name, a in alphas.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "peft_type": "LORA",
@@ -248,7 +246,7 @@ def load_adapter(backbone: Any, folder: Path | str, *, base_name: str | None = N
     folder = Path(folder)
     config, tensors = _read(folder)
     _refuse_other_base(backbone, folder, config, base_name)
-    also = [m for m in _also(backbone, config.get("modules_to_save") or (), tensors)]
+    also = _also(backbone, config.get("modules_to_save") or (), tensors)
     _refuse_misfits(backbone, folder, tensors, also)
     full = {k: v for k, v in tensors.items() if any(k.startswith(m + ".") for m in also)}
     own = {k: v for k, v in tensors.items() if k not in full}
@@ -299,8 +297,8 @@ def _refuse_other_base(backbone: Any, folder: Path, config: Mapping[str, Any], b
     if theirs and ours and theirs != ours:
         mine = base_name or getattr(backbone, "name_or_path", "") or type(backbone).__name__
         raise ModelError(
-            f"{folder} was trained on another base: {name} (content {theirs[:12]}), this is {mine} (content {ours[:12]}). "
-            f"Load it onto {name}"
+            f"{folder} was trained on another base: {name} (content {theirs[:12]}), this is {mine} "
+            f"(content {ours[:12]}). Load it onto {name}"
         )
 
 

@@ -53,13 +53,17 @@ def resolve(base: str | Path, *, trust: str | None = None) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        hint = " GGUF files are for inference: name the folder of the original weights" if text.endswith(".gguf") else ""
+        hint = (
+            " GGUF files are for inference: name the folder of the original weights" if text.endswith(".gguf") else ""
+        )
         raise ModelError(f"{text} is a file, not a folder with config.json and *.safetensors.{hint}")
     if text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
         raise ModelError(f"{text} does not exist.{_near(folder)} Name a folder with a model, or a hub id (owner/name)")
     name, _, revision = text.partition("@")
     if trust is not None and trust == text and not revision:
-        raise ModelError(f"trust: {text} must name a revision (owner/name@commit), so that the code cannot change later")
+        raise ModelError(
+            f"trust: {text} must name a revision (owner/name@commit), so that the code cannot change later"
+        )
     return _download(name, revision or None, with_code=trust == text)
 
 

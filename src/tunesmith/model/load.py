@@ -147,9 +147,7 @@ def _set_labels(config: Any, label_names: Sequence[str] | None, problem: Problem
     return was and (label_names is None or before == list(label_names))
 
 
-def _start_missing(
-    base: str | Path, backbone: Any, missing: set[str], kind: Kind, keep_head: bool, seed: int
-) -> None:
+def _start_missing(base: str | Path, backbone: Any, missing: set[str], kind: Kind, keep_head: bool, seed: int) -> None:
     """Draw the head (and pooler) that the file did not have, from `seed`; anything else missing is an error."""
     body = f"{backbone.base_model_prefix}."
     allowed = (f"{body}pooler.",)
@@ -159,7 +157,9 @@ def _start_missing(
         lost = sorted(missing)
     if lost:
         more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
-        raise ModelError(f"{base}: the weights lack {', '.join(lost[:5])}{more}: the folder is incomplete or of another model")
+        raise ModelError(
+            f"{base}: the weights lack {', '.join(lost[:5])}{more}: the folder is incomplete or of another model"
+        )
     if not keep_head:
         new |= {name for name, _ in backbone.named_parameters() if name.startswith(("classifier.", "score."))}
         new |= {name for name, _ in backbone.named_parameters() if name.startswith("pre_classifier.")}

@@ -64,7 +64,7 @@ class _LoraFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, inner, a, b = ctx.saved_tensors
         layer: LoraLinear = ctx.layer
         needs_x, needs_a, needs_b = ctx.needs_input_grad[:3]

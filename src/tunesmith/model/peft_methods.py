@@ -16,6 +16,8 @@ from tunesmith.errors import ModelError
 from tunesmith.model.lora import place
 
 _NAME = "default"
+_PREFIX = "base_model.model."
+_SHARING = ("VERA", "PVERA", "FROD", "TINYLORA", "UNILORA", "VBLORA")
 
 
 def _peft() -> Any:
@@ -36,7 +38,7 @@ def methods() -> list[str]:
 
 
 def make_config(options: Mapping[str, Any]) -> Any:
-    """A PEFT configuration from the recipe's mapping; unknown types and keys are ModelErrors that list the known ones."""
+    """A PEFT configuration from the recipe's mapping; unknown types and keys are ModelErrors listing the known ones."""
     _peft()
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -63,8 +65,8 @@ def read_config(folder: Path) -> Any:
             config = _peft().PeftConfig.from_pretrained(str(folder))
         except (TypeError, ValueError, KeyError) as error:
             raise ModelError(f"{folder}: PEFT cannot read this adapter: {error}") from error
-    kind = config.peft_type if isinstance(config.peft_type, str) else config.peft_type.value
-    if str(getattr(kind, "value", kind)) not in methods():
+    kind = _value(config.peft_type)
+    if kind not in methods():
         raise ModelError(f"{folder}: {kind} adapters cannot be put into a model layer by layer; see {methods()}")
     config.modules_to_save, config.inference_mode = None, False
     return config
@@ -76,9 +78,22 @@ def inject(backbone: Any, config: Any, *, seed: int = 0) -> None:
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         try:
-            _peft().inject_adapter_in_model(config, backbone, _NAME)
+            if _value(config.peft_type) in _SHARING:
+                # The wrapper owns what the layers share; hidden from the backbone's modules, which it contains.
+                backbone.__dict__["tunesmith_peft"] = _peft().get_peft_model(backbone, config, _NAME)
+            else:
+                _peft().inject_adapter_in_model(config, backbone, _NAME)
         except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
             raise ModelError(f"PEFT cannot put this adapter into {type(backbone).__name__}: {error}") from error
+
+
+def _value(kind: Any) -> str:
+    return str(getattr(kind, "value", kind))
+
+
+def _carrier(backbone: Any) -> Any:
+    """What PEFT's functions take: the wrapper of a method with shared state, else the backbone."""
+    return backbone.__dict__.get("tunesmith_peft", backbone)
 
 
 def adapter_parameters(backbone: nn.Module) -> set[str]:
@@ -95,12 +110,13 @@ def _layers(backbone: nn.Module) -> dict[str, Any]:
 
 
 def tensors(backbone: Any) -> dict[str, Tensor]:
-    """The adapter's tensors under PEFT's names, without the prefix."""
+    """The adapter's tensors under PEFT's full names."""
     from peft import get_peft_model_state_dict
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return get_peft_model_state_dict(backbone, adapter_name=_NAME, save_embedding_layers=False)
+        found = get_peft_model_state_dict(_carrier(backbone), adapter_name=_NAME, save_embedding_layers=False)
+    return {key if key.startswith("base_model.") else _PREFIX + key: value for key, value in found.items()}
 
 
 def load_tensors(backbone: Any, values: Mapping[str, Tensor]) -> None:
@@ -108,7 +124,8 @@ def load_tensors(backbone: Any, values: Mapping[str, Tensor]) -> None:
     from peft import set_peft_model_state_dict
 
     try:
-        result = set_peft_model_state_dict(backbone, dict(values), adapter_name=_NAME)
+        full = {key if key.startswith("base_model.") else _PREFIX + key: value for key, value in values.items()}
+        result = set_peft_model_state_dict(_carrier(backbone), full, adapter_name=_NAME)
     except (RuntimeError, KeyError, ValueError) as error:
         raise ModelError(f"this adapter's tensors do not fit this base: {error}") from error
     if result.unexpected_keys:
@@ -134,7 +151,12 @@ def remove(backbone: Any) -> None:
     """Take PEFT's layers out again."""
     for name, layer in _layers(backbone).items():
         place(backbone, name, layer.get_base_layer())
+    _forget(backbone)
+
+
+def _forget(backbone: Any) -> None:
     del backbone.peft_config
+    backbone.__dict__.pop("tunesmith_peft", None)
 
 
 def merge(backbone: Any) -> None:
@@ -145,7 +167,7 @@ def merge(backbone: Any) -> None:
             place(backbone, name, layer.get_base_layer())
     except (ValueError, AttributeError, NotImplementedError, TypeError) as error:
         raise ModelError(f"this adapter cannot be merged: {error}. Export it as an adapter") from error
-    del backbone.peft_config
+    _forget(backbone)
 
 
 @contextmanager

@@ -213,8 +213,8 @@ def _inside_end(name: str, target: str) -> bool:
 def _unknown(target: str, names: Sequence[str]) -> str:
     endings = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     near = difflib.get_close_matches(target, endings, 1, 0.5)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return f"target {target!r} matches no linear layer{hint} This model has: {', '.join(endings)} (or all-linear)"
+    hint = f"; did you mean {near[0]}" if near else ""
+    return f"target {target!r} matches no linear layer{hint}. This model has: {', '.join(endings)} (or all-linear)"
 
 
 def _refuse_tied(backbone: Any, chosen: Iterable[str]) -> None:
