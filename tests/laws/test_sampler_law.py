@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from tests.tiny import CAUSAL, tiny_causal, tiny_tokenizer
+
 from tunesmith.batch import Batch
 from tunesmith.model.language import LanguageModel
 from tunesmith.rollout.sampler import Rollout, Sampler
@@ -78,9 +78,7 @@ def test_a_rollout_does_not_depend_on_its_neighbours(family: str):
     model, together = sampled(family)
     tokenizer = tiny_tokenizer()
     fewer = Sampler(model, tokenizer).sample(PROMPTS[:2], num_per_prompt=2, max_tokens=14, seed=3)
-    alone = Sampler(model, tokenizer, max_cache_tokens=1).sample(
-        PROMPTS, num_per_prompt=2, max_tokens=14, seed=3
-    )
+    alone = Sampler(model, tokenizer, max_cache_tokens=1).sample(PROMPTS, num_per_prompt=2, max_tokens=14, seed=3)
     assert [r.ids for r in fewer] == [r.ids for r in together[:4]]
     assert [r.ids for r in alone] == [r.ids for r in together]
     other = Sampler(model, tokenizer).sample(PROMPTS, num_per_prompt=2, max_tokens=14, seed=4)
@@ -106,9 +104,7 @@ def test_draws_have_the_distribution_asked_for():
     )
     with torch.no_grad():
         best = model.backbone(input_ids=torch.tensor([[7]])).logits[0, -1].topk(4)
-    counts = torch.tensor(
-        [sum(r.ids[0] == int(i) for r in rollouts) for i in best.indices], dtype=torch.float
-    )
+    counts = torch.tensor([sum(r.ids[0] == int(i) for r in rollouts) for i in best.indices], dtype=torch.float)
     assert counts.sum() == num
     limit = 16.3  # 99.9 % of chi-square with 3 degrees of freedom
     assert chi_square(counts, (best.values / 0.2).softmax(0)) < limit

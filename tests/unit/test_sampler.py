@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from tests.tiny import tiny_causal, tiny_tokenizer
+
 from tunesmith.errors import ModelError
 from tunesmith.model.language import LanguageModel
 from tunesmith.rollout.sampler import Draw, Sampler, cut, stream_seed

@@ -89,9 +89,7 @@ def evaluate_scores(
         for indices in token_batches(store.lengths, max_tokens):
             batch = collate([store[i] for i in indices])
             if batch.labels is None:
-                raise DataError(
-                    f"{_places(batch.origins)}: no label; evaluation of a classifier needs one in each row"
-                )
+                raise DataError(f"{_places(batch.origins)}: no label; evaluation of a classifier needs one in each row")
             rows = model(batch.to(device)).scores.double().cpu().numpy()
             for i, row, label, origin in zip(
                 indices, rows, batch.labels.numpy(), batch.origins or [""] * len(indices), strict=True

@@ -51,9 +51,7 @@ def compare(
     for name, before in before_rows.items():
         if name in after_rows:
             change = paired_difference(before, after_rows[name], seed=seed)
-            found[name] = Difference(
-                name, before.value(), after_rows[name].value(), change, judge(name, change)
-            )
+            found[name] = Difference(name, before.value(), after_rows[name].value(), change, judge(name, change))
     return found
 
 
@@ -83,9 +81,7 @@ def number(value: float, *, sign: bool = False) -> str:
     if value and abs(value) < 1e-4:
         return f"{value:{mark}.2e}"
     digits = (
-        4
-        if abs(value) < 1
-        else (3 if abs(value) < 10 else (2 if abs(value) < 100 else (1 if abs(value) < 1e3 else 0)))
+        4 if abs(value) < 1 else (3 if abs(value) < 10 else (2 if abs(value) < 100 else (1 if abs(value) < 1e3 else 0)))
     )
     return f"{value:{mark},.{digits}f}"
 

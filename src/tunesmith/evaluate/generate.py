@@ -47,9 +47,7 @@ class GenerationResult:
         for name, statistic in self.statistics(names).items():
             share = name in SHARES
             found[name] = (
-                wilson(int(statistic.rows[:, 0].sum()), statistic.n)
-                if share
-                else bootstrap(statistic, seed=seed)
+                wilson(int(statistic.rows[:, 0].sum()), statistic.n) if share else bootstrap(statistic, seed=seed)
             )
         return found
 
@@ -86,18 +84,14 @@ def evaluate_generation(
 ) -> GenerationResult:
     """Complete every question, greedily unless told otherwise."""
     prompts = [question.prompt_ids for question in questions]
-    rollouts = sampler.sample(
-        prompts, temperature=temperature, max_tokens=max_tokens, seed=seed, stop_ids=stop_ids
-    )
+    rollouts = sampler.sample(prompts, temperature=temperature, max_tokens=max_tokens, seed=seed, stop_ids=stop_ids)
     stops = {int(i) for i in stop_ids}
     bodies = [r.ids[:-1] if r.ended and r.ids[-1] in stops else r.ids for r in rollouts]
     texts = tuple(sampler.tokenizer.decode(body, skip_special_tokens=True) for body in bodies)
     return GenerationResult(tuple(questions), texts, tuple(r.ended for r in rollouts), tuple(rollouts))
 
 
-def side_by_side(
-    before: GenerationResult, after: GenerationResult, *, limit: int = 20
-) -> list[dict[str, Any]]:
+def side_by_side(before: GenerationResult, after: GenerationResult, *, limit: int = 20) -> list[dict[str, Any]]:
     """Lines of `samples.jsonl`: `{prompt, before, after, reference, before_ended, after_ended, origin}`."""
     lines = []
     for i, question in enumerate(before.questions[:limit]):

@@ -106,15 +106,11 @@ def paired_difference(before: Statistic, after: Statistic, *, seed: int = 0) -> 
     ValueError when the two do not have the same rows.
     """
     if before.n != after.n:
-        raise ValueError(
-            f"{before.name}: {before.n} rows before and {after.n} after: a pair needs the same rows"
-        )
+        raise ValueError(f"{before.name}: {before.n} rows before and {after.n} after: a pair needs the same rows")
     value = after.value() - before.value() if before.n else math.nan
     if before.n < 2:
         return Estimate(value, None, None, before.n)
-    values = np.concatenate(
-        [after.of(w @ after.rows) - before.of(w @ before.rows) for w in _weights(before.n, seed)]
-    )
+    values = np.concatenate([after.of(w @ after.rows) - before.of(w @ before.rows) for w in _weights(before.n, seed)])
     return Estimate(value, *_percentiles(values, before.n), before.n)
 
 

@@ -131,9 +131,7 @@ def bytes_of_tokens(tokenizer: Any, vocabulary: int | None = None) -> Array:
     table = np.zeros(max(vocabulary or 0, len(names)))
     for i, name in enumerate(names):
         if name is not None and i not in special:
-            table[i] = (
-                len(name) if byte_level and i not in tokenizer.added_tokens_decoder else _spelled_bytes(name)
-            )
+            table[i] = len(name) if byte_level and i not in tokenizer.added_tokens_decoder else _spelled_bytes(name)
     return table
 
 

@@ -6,7 +6,7 @@ import io
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -17,9 +17,7 @@ MAX_POINTS = 600
 BLUE, ORANGE, GREY = "#1f5fa8", "#c2570c", "#9aa4af"
 
 
-def curve(
-    rows: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]], metric: str | None
-) -> bytes | None:
+def curve(rows: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]], metric: str | None) -> bytes | None:
     """Training loss of each step and, beside it, `metric` on the held-out rows. None when there is nothing to draw."""
     train = points(rows, "loss")
     held = [(step, value) for step, value, _, _ in held_out(evaluations, "loss")]
@@ -77,7 +75,7 @@ def held_out(
         entry = metrics.get(metric) if isinstance(metrics, dict) else None
         entry = entry if isinstance(entry, dict) else {"value": entry}
         if _number(line.get("step")) and _number(entry.get("value")):
-            low, high = (float(entry[k]) if _number(entry.get(k)) else None for k in ("low", "high"))
+            low, high = (float(v) if _number(v) else None for v in (entry.get("low"), entry.get("high")))
             found.append((float(line["step"]), float(entry["value"]), low, high))
     return found
 
@@ -119,7 +117,7 @@ def _svg(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _number(value: Any) -> bool:
+def _number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

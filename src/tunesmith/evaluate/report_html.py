@@ -33,7 +33,8 @@ figure{margin:1rem 0}figure img{width:100%;height:auto;background:#fff;border:1p
 figcaption{color:var(--soft);font-size:.875rem}.sample{border:1px solid var(--line);border-radius:6px;margin:1rem 0}
 .sample>div{padding:.7rem 1rem}.sample .two{display:grid;grid-template-columns:1fr 1fr;padding:0;
 border-top:1px solid var(--line)}.two>div{padding:.7rem 1rem}.two>div+div{border-left:1px solid var(--line)}
-@media(max-width:42rem){.sample .two{grid-template-columns:1fr}.two>div+div{border-left:0;border-top:1px solid var(--line)}}
+@media(max-width:42rem){.sample .two{grid-template-columns:1fr}
+.two>div+div{border-left:0;border-top:1px solid var(--line)}}
 .label{color:var(--soft);font-size:.8rem;font-weight:600}pre,.text{white-space:pre-wrap;overflow-wrap:anywhere;margin:0}
 pre{background:var(--tint);padding:1rem;border-radius:6px;font-size:.85rem}code{overflow-wrap:anywhere}
 ul{padding-left:1.2rem}li{margin:.25rem 0}details>summary{cursor:pointer;color:var(--soft)}
@@ -48,7 +49,7 @@ class Markup(str):
 
 def clean(value: Any) -> str:
     """Plain text fit to show: keys and tokens struck out, control and direction characters made visible."""
-    text = _SECRET.sub("[removed]", str(value))
+    text = _SECRET.sub("[removed]", str(value).encode("utf-8", "backslashreplace").decode())
     return _CONTROL.sub(lambda m: f"\\u{ord(m[0]):04x}", text.replace("\r\n", "\n"))
 
 
@@ -88,9 +89,8 @@ def section(title: str, *parts: Any) -> Markup:
 def figure(svg: bytes, alt: str) -> Markup:
     """A picture inside the page. An SVG shown as an image cannot run or fetch anything."""
     data = base64.b64encode(svg).decode()
-    return Markup(
-        f'<figure><img alt="{esc(alt)}" src="data:image/svg+xml;base64,{data}"><figcaption>{esc(alt)}</figcaption></figure>'
-    )
+    image = f'<img alt="{esc(alt)}" src="data:image/svg+xml;base64,{data}">'
+    return Markup(f"<figure>{image}<figcaption>{esc(alt)}</figcaption></figure>")
 
 
 def page(title: str, body: Markup) -> str:
@@ -98,7 +98,8 @@ def page(title: str, body: Markup) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="referrer" content="no-referrer">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<meta name="referrer" content="no-referrer">'
         f"<title>{esc(title)}</title><style>{STYLE}</style></head><body><main>\n{body}\n</main></body></html>\n"
     )
 

@@ -109,9 +109,7 @@ def auc(labels: ArrayLike, scores: ArrayLike) -> float:
 
 def pearson(a: ArrayLike, b: ArrayLike) -> float:
     """Pearson's correlation; NaN when one side never varies."""
-    x, y = (
-        np.asarray(part, dtype=np.float64) - np.mean(np.asarray(part, dtype=np.float64)) for part in (a, b)
-    )
+    x, y = (np.asarray(part, dtype=np.float64) - np.mean(np.asarray(part, dtype=np.float64)) for part in (a, b))
     norm = float(np.sqrt((x * x).sum() * (y * y).sum()))
     return float((x * y).sum()) / norm if norm else float("nan")
 

@@ -85,7 +85,7 @@ class Sampler:
         self._max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self._pad_id: int = config.pad_token_id or 0
 
-    def sample(  # noqa: PLR0913
+    def sample(
         self,
         prompts: Sequence[Sequence[int]],
         *,
@@ -108,11 +108,7 @@ class Sampler:
         done: dict[tuple[int, int], _Row] = {}
         with _evaluating(self.model):
             for indices in self._groups(prompts, num_per_prompt, max_tokens):
-                rows = [
-                    self._row(i, k, prompts[i], max_tokens, seed)
-                    for i in indices
-                    for k in range(num_per_prompt)
-                ]
+                rows = [self._row(i, k, prompts[i], max_tokens, seed) for i in indices for k in range(num_per_prompt)]
                 self._complete(rows, num_per_prompt, draw, stops)
                 done.update({(row.index, row.number): row for row in rows})
         return [_rollout(done[i, k]) for i in range(len(prompts)) for k in range(num_per_prompt)]
@@ -126,13 +122,11 @@ class Sampler:
 
     def _check(self, prompts: Sequence[Sequence[int]], num_per_prompt: int, max_tokens: int) -> None:
         problems = [
-            f"prompt {i} is empty: begin with a token, for instance bos"
-            for i, p in enumerate(prompts)
-            if len(p) == 0
+            f"prompt {i} is empty: begin with a token, for instance bos" for i, p in enumerate(prompts) if len(p) == 0
         ]
         if self._max_positions is not None:
             problems += [
-                f"prompt {i} has {len(p)} tokens, the model takes {self._max_positions} with at least one to add: shorten it"
+                f"prompt {i} has {len(p)} tokens and the model takes {self._max_positions} in all: shorten it"
                 for i, p in enumerate(prompts)
                 if len(p) >= self._max_positions
             ]
@@ -143,12 +137,8 @@ class Sampler:
             raise ModelError("sampling: " + "; ".join(problems[:20]) + more)
 
     def _row(self, index: int, number: int, prompt: Sequence[int], max_tokens: int, seed: int) -> _Row:
-        room = (
-            max_tokens if self._max_positions is None else min(max_tokens, self._max_positions - len(prompt))
-        )
-        generator = torch.Generator(device=self.model.backbone.device).manual_seed(
-            stream_seed(seed, index, number)
-        )
+        room = max_tokens if self._max_positions is None else min(max_tokens, self._max_positions - len(prompt))
+        generator = torch.Generator(device=self.model.backbone.device).manual_seed(stream_seed(seed, index, number))
         return _Row(index, number, prompt, room, generator)
 
     def _groups(self, prompts: Sequence[Sequence[int]], num: int, max_tokens: int) -> Iterator[list[int]]:
@@ -192,9 +182,7 @@ class Sampler:
         low = model.compute != torch.float32
         with torch.autocast(ids.device.type, model.compute, enabled=low):
             if not self._cached:
-                return model.backbone(input_ids=ids, use_cache=False, **self._keep).logits[
-                    :, -1
-                ].float(), None
+                return model.backbone(input_ids=ids, use_cache=False, **self._keep).logits[:, -1].float(), None
             positions = (mask.cumsum(1) - 1).clamp_min(0)
             if cache is not None:
                 ids, positions = ids[:, -1:], positions[:, -1:]
