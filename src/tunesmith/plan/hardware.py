@@ -1,0 +1,83 @@
+"""What this machine is and can do, measured rather than guessed. torch is imported only inside the functions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import sys
+import time
+from typing import Any
+
+LIBRARIES = ("tunesmith", "torch", "transformers", "tokenizers", "datasets", "safetensors", "peft", "numpy")
+
+
+def choose_device(wanted: str = "auto") -> str:
+    """`auto` is cuda, then mps, then cpu; anything else is taken at its word. `ValueError` when it is not there."""
+    import torch
+
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if wanted == "auto":
+        return "cuda" if cuda else "mps" if mps else "cpu"
+    kind = wanted.split(":")[0]
+    there = {"cpu": True, "cuda": cuda, "mps": mps}
+    if kind not in there or not there[kind]:
+        have = ", ".join(name for name, ok in there.items() if ok)
+        raise ValueError(f"device {wanted} is not here; this machine has {have}")
+    return wanted
+
+
+def choose_precision(wanted: str, device: str) -> str:
+    """float32 or bfloat16. `auto` takes bfloat16 where a matrix product in it is measurably faster."""
+    if wanted != "auto":
+        return wanted
+    import torch
+
+    if device.startswith("cuda"):
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    if device != "cpu":
+        return "float32"
+    return "bfloat16" if matmul_rate("bfloat16") > 1.2 * matmul_rate("float32") else "float32"
+
+
+def matmul_rate(dtype: str, *, size: int = 256, budget_seconds: float = 0.05) -> float:
+    """Floating-point operations a second of a square matrix product on the CPU."""
+    import torch
+
+    a = torch.ones(size, size, dtype=getattr(torch, dtype))
+    (a @ a).sum()
+    products, started = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - started) < budget_seconds or products < 2:
+        a @ a
+        products += 1
+    return 2.0 * size**3 * products / seconds
+
+
+def peak_memory_bytes(device: str = "cpu") -> int:
+    """The most memory this process has held: of the GPU on cuda, else resident memory."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def environment(device: str, precision: str, threads: int) -> dict[str, Any]:
+    """What the report says about the machine and the libraries: no names, paths or variables."""
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "device": device,
+        "precision": precision,
+        "threads": threads,
+        "versions": versions,
+    }

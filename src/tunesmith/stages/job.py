@@ -1,0 +1,169 @@
+"""A job: everything a stage is built from, made once from the recipe - tokenizer, samples, model, what trains."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.batch import Batch, Sample
+from tunesmith.data.source import OfflineSource
+from tunesmith.data.store import SampleStore
+from tunesmith.engine.contracts import FitSpec, Stage
+from tunesmith.engine.optim import OptimSpec
+from tunesmith.evaluate.generate import GenerationResult
+from tunesmith.evaluate.intervals import Estimate, Statistic
+from tunesmith.model.trainable import Trainable, TrainableSpec
+from tunesmith.recipe import Recipe
+
+Collate = Callable[[Sequence[Sample]], Batch]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The samples of a run and what was noticed while they were made."""
+
+    train: SampleStore
+    eval: SampleStore | None
+    test: SampleStore | None
+    probe: SampleStore | None = None
+    label_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a stage is built from. `device` and `precision` are settled, nothing is `auto` any more."""
+
+    recipe: Recipe
+    tokenizer: Any
+    inputs: Inputs
+    backbone: Any
+    trainable: Trainable
+    device: str
+    precision: str
+
+    @property
+    def compute(self) -> torch.dtype:
+        """The type matrix products run in."""
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
+    @property
+    def eval_tokens(self) -> int:
+        """Tokens in a batch when only measuring."""
+        return self.recipe.train.micro_batch_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A model's figures on held-out rows, per row (`statistics`) and as a whole with intervals (`metrics`)."""
+
+    statistics: Mapping[str, Statistic]
+    metrics: Mapping[str, Estimate]
+    generation: GenerationResult | None = None
+    predictions: tuple[Mapping[str, Any], ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """`{metric: {value, low, high, n}}`."""
+        return {name: estimate.as_json() for name, estimate in self.metrics.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A stage ready for the loop, and how to measure it on any samples."""
+
+    stage: Stage
+    measure: Callable[[SampleStore, bool], Measured]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def make_source(job: Job, collate: Callable[..., Batch]) -> OfflineSource:
+    """The training samples in the order and the steps that the recipe asks for."""
+    train = job.recipe.train
+    return OfflineSource(
+        job.inputs.train,
+        seed=job.recipe.seed,
+        num_epochs=train.epochs,
+        num_steps=train.steps,
+        batch_examples=train.batch_examples,
+        batch_tokens=train.batch_tokens,
+        micro_batch_tokens=train.micro_batch_tokens,
+        make_batch=collate,
+    )
+
+
+def fit_spec(recipe: Recipe, num_steps: int, device: str) -> FitSpec:
+    """The loop's settings from the recipe; `warmup` below 1 is a share of the steps."""
+    train = recipe.train
+    warmup = round(train.warmup * num_steps) if train.warmup < 1 else int(train.warmup)
+    assert train.learning_rate is not None, "the recipe is resolved"
+    optim = OptimSpec(
+        learning_rate=train.learning_rate,
+        optimizer=train.optimizer,
+        weight_decay=train.weight_decay,
+        betas=(train.beta1, train.beta2),
+        b_rate_ratio=train.adapter_b_rate_ratio or 1.0,
+        schedule=train.schedule,
+        warmup_steps=warmup,
+        clip_norm=train.clip_norm,
+    )
+    return FitSpec(
+        seed=recipe.seed,
+        optim=optim,
+        eval_every=train.eval_every,
+        save_every=train.save_every,
+        keep=train.keep,
+        select_by=train.select_by,
+        patience=train.early_stopping.patience if train.early_stopping else None,
+        device=device,
+    )
+
+
+def trainable_spec(recipe: Recipe, folder: Path) -> TrainableSpec:
+    """What the recipe's `tune` section asks of the model."""
+    tune = recipe.tune
+    given = {
+        "layers": tune.layers, "rank": tune.rank, "alpha": tune.alpha, "dropout": tune.dropout, "targets": tune.targets,
+        "init": tune.init, "rank_stabilized": tune.rank_stabilized, "dora": tune.dora, "peft": tune.peft,
+    }  # fmt: skip
+    adapter = None if tune.adapter is None else str(_beside(folder, tune.adapter))
+    return TrainableSpec(
+        method=tune.method,
+        train_also=tuple(tune.train_also or ()),
+        adapter=adapter,
+        seed=recipe.seed,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def _beside(folder: Path, name: str) -> Path:
+    """A path of the recipe: relative to its folder when it exists there."""
+    beside = folder / Path(name).expanduser()
+    return beside if beside.exists() else Path(name).expanduser()
+
+
+def identity(job: Job, base_hash: str) -> dict[str, str]:
+    """Fingerprints that a resumed run must share with the one that began: data, base, tokenizer, every setting."""
+    settings = job.recipe.model_dump(exclude={"run", "threads", "evaluate"})
+    flat = {
+        f"recipe.{section}": _digest(values) if isinstance(values, dict) else str(values)
+        for section, values in settings.items()
+    }
+    return {
+        **flat,
+        "base weights": base_hash,
+        "training samples": job.inputs.train.fingerprint,
+        "held-out samples": job.inputs.eval.fingerprint if job.inputs.eval is not None else "none",
+        "precision": job.precision,
+        "torch": torch.__version__.split("+")[0],
+        "trainable": _digest(list(job.trainable.names)),
+    }
+
+
+def _digest(value: Any) -> str:
+    return sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,48 @@
+"""mlm: predict masked tokens of the user's own text (BERT, 1810.04805, 3.1).
+
+Record `Text` -> log-probs at masked positions -> `Likelihood`, counted in masked tokens. Which positions are masked
+depends on (seed, step, row) in training and on the row alone when measuring, so before and after see the same holes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from tunesmith.batch import Batch, Sample
+from tunesmith.data.batches import collate_mlm
+from tunesmith.data.store import SampleStore
+from tunesmith.engine.contracts import Stage
+from tunesmith.errors import ModelError
+from tunesmith.model.language import LanguageModel
+from tunesmith.objectives.likelihood import Likelihood
+from tunesmith.stages.job import Built, Job, Measured, make_source
+from tunesmith.stages.likelihood import measure_likelihood, quick_metrics
+
+KIND = "masked"
+
+
+def build(job: Job) -> Built:
+    """The stage, and its loss and perplexity over masked tokens of held-out text."""
+    tokenizer = job.tokenizer
+    if tokenizer.mask_token_id is None:
+        raise ModelError(f"{job.recipe.base}: its tokenizer has no mask token, which stage mlm needs; take a BERT-like base")
+    mask = partial(
+        collate_mlm,
+        mask_id=tokenizer.mask_token_id,
+        vocab_size=len(tokenizer),
+        special_ids=tuple(tokenizer.all_special_ids),
+        rate=job.recipe.data.mask_rate,
+        seed=job.recipe.seed,
+    )
+    model = LanguageModel(job.backbone, causal=False, compute=job.compute).to(job.device)
+
+    def fixed_holes(samples: Sequence[Sample]) -> Batch:
+        return mask(samples, step=0)
+
+    def measure(store: SampleStore, full: bool) -> Measured:
+        return measure_likelihood(job, model, store, fixed_holes, with_bytes=False)
+
+    held_out = job.inputs.eval
+    evaluate = None if held_out is None else lambda step: quick_metrics(measure(held_out, False))
+    return Built(Stage("mlm", model, Likelihood(), make_source(job, mask), evaluate), measure)

@@ -1,0 +1,31 @@
+"""sft: supervised fine-tuning on prompts and responses; the response is trained on, its end-of-turn token included.
+
+Record `Chat` -> log-probs of the response -> `Likelihood`, counted in response tokens (InstructGPT, 2203.02155, 3.1).
+"""
+
+from __future__ import annotations
+
+from tunesmith.data.batches import collate
+from tunesmith.data.store import SampleStore
+from tunesmith.engine.contracts import Stage
+from tunesmith.model.language import LanguageModel
+from tunesmith.objectives.likelihood import Likelihood
+from tunesmith.stages.job import Built, Job, Measured, make_source
+from tunesmith.stages.likelihood import complete, measure_likelihood, quick_metrics, with_completions
+
+KIND = "causal"
+
+
+def build(job: Job) -> Built:
+    """The stage; measured by the loss of held-out responses and, in full, by greedy completions of their prompts."""
+    model = LanguageModel(job.backbone, compute=job.compute).to(job.device)
+    scored = job.recipe.evaluate.generate is not None
+
+    def measure(store: SampleStore, full: bool) -> Measured:
+        measured = measure_likelihood(job, model, store, collate)
+        generation = complete(job, model, store) if full else None
+        return with_completions(measured, generation, scored=scored, seed=job.recipe.seed)
+
+    held_out = job.inputs.eval
+    evaluate = None if held_out is None else lambda step: quick_metrics(measure(held_out, False))
+    return Built(Stage("sft", model, Likelihood(), make_source(job, collate), evaluate), measure)
