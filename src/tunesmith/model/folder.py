@@ -16,7 +16,7 @@ from tunesmith.errors import ModelError, TunesmithError, several
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 INDEX = "model.safetensors.index.json"
-_DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*")
+_DOWNLOADED: tuple[str, ...] = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 
 
@@ -79,7 +79,7 @@ def _near(folder: Path) -> str:
 def _download(name: str, revision: str | None, *, with_code: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = [*_DOWNLOADED, "*.py"] if with_code else list(_DOWNLOADED)
+    patterns: list[str] = [*_DOWNLOADED, *(["*.py"] if with_code else [])]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except Exception as error:
@@ -89,8 +89,8 @@ def _download(name: str, revision: str | None, *, with_code: bool) -> Path:
         if "Gated" in kind:
             raise ModelError(f"{name} is gated: accept its licence on the hub and log in (hf auth login)") from error
         raise ModelError(
-            f"{name} is not a folder here and the hub cannot be reached ({kind}). Connect to the network, or fetch it on "
-            f"another machine (hf download {name} --local-dir FOLDER) and write the folder as base"
+            f"{name} is not a folder here and the hub cannot be reached ({kind}). Connect to the network, or fetch it "
+            f"on another machine (hf download {name} --local-dir FOLDER) and write the folder as base"
         ) from error
 
 
@@ -116,7 +116,7 @@ def check_code(folder: Path, base: str | Path, trust: str | None, known_type: bo
     if trust is not None and trust == str(base):
         return True
     raise ModelError(
-        f"{base} (model type {config.get('model_type')!r}) needs Python code from its own folder; nothing of it was run. "
+        f"{base} (model type {config.get('model_type')!r}) needs Python code from its own folder; nothing of it ran. "
         f"Read that code, and if you trust it write `trust: {base}` in the recipe"
     )
 
@@ -131,8 +131,8 @@ def check_weights(folder: Path, base: str | Path) -> list[Path]:
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
     if pickled:
         raise ModelError(
-            f"{base} holds its weights only as {', '.join(pickled[:3])}: a pickle can run any code when opened, so it is "
-            "refused. Convert it once where you trust it: model = AutoModel.from_pretrained(FOLDER); "
+            f"{base} holds its weights only as {', '.join(pickled[:3])}: a pickle can run any code when opened, so it "
+            "is refused. Convert it once where you trust it: model = AutoModel.from_pretrained(FOLDER); "
             "model.save_pretrained(NEW_FOLDER), which writes safetensors"
         )
     other = sorted(path.name for path in folder.iterdir() if path.suffix in (".gguf", ".h5", ".msgpack", ".onnx"))

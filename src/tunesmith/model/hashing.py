@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,18 @@ def weights_hash(folder: Path) -> str:
     """sha256 over the names and contents of the safetensors files in `folder`."""
     total = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            total.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        stat = path.stat()
+        total.update(
+            f"{path.name}:{_file_hash(path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ino)}\n".encode()
+        )
     return total.hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _file_hash(path: Path, size: int, changed: int, inode: int) -> str:
+    """Read once per process while the file stays the same."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def backbone_hash(backbone: Any, *, skip: Iterable[str] = ()) -> str | None:

@@ -211,13 +211,14 @@ def fit_tokenizer(backbone: Any, tokenizer: Any, *, grow: bool = False) -> int:
 
 
 def base_record(base: str | Path, *, trust: str | None = None) -> dict[str, Any]:
-    """What the report says about a base: name, content hash, licence, parameters, bytes, context length, stored dtype."""
+    """What the report says about a base: name, content hash, licence, parameters, bytes, context length, dtype."""
     folder = resolve(base, trust=trust)
     config = read_json(folder / "config.json")
     files = check_weights(folder, base)
     with explained(base, "weights"):
         tensors = [header for path in files for header in _headers(path)]
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    nested = config.get("text_config")
+    text = nested if isinstance(nested, dict) else config
     return {
         "name": str(base),
         "hash": weights_hash(folder),

@@ -17,7 +17,7 @@ from tunesmith.model.lora import place
 
 _NAME = "default"
 _PREFIX = "base_model.model."
-_SHARING = ("VERA", "PVERA", "FROD", "TINYLORA", "UNILORA", "VBLORA")
+_SHARING = ("VERA", "TINYLORA", "UNILORA", "VBLORA")
 
 
 def _peft() -> Any:
@@ -32,7 +32,7 @@ def methods() -> list[str]:
     """The peft_type names that can be put into a model layer by layer."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-    apart = {"ADAPTION_PROMPT", "SHADOW", "XLORA", "CPT", "CARTRIDGE", "POLY"}
+    apart = {"ADAPTION_PROMPT", "SHADOW", "XLORA", "CPT", "CARTRIDGE", "POLY", "PVERA", "FROD"}
     known = [kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING if kind in PEFT_TYPE_TO_TUNER_MAPPING]
     return sorted(k for k in known if k not in apart and not k.endswith(("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")))
 

@@ -258,7 +258,7 @@ def _add_adapter(backbone: Any, spec: TrainableSpec, also: list[str]) -> set[str
         return adapters.load_adapter(backbone, Path(spec.adapter)).free(backbone)
     also += [name for name in head_modules(backbone) if name not in also] if is_classifier(backbone) else []
     if spec.method == "peft":
-        return adapters.add_peft(backbone, dict(spec.peft or {}), seed=spec.seed, also=also).free(backbone)
+        return adapters.add_peft(backbone, _peft_options(backbone, spec), seed=spec.seed, also=also).free(backbone)
     targets = find_targets(backbone, spec.targets)
     clash = [name for name in targets if any(_inside(name, module) for module in also)]
     if clash and spec.targets != ALL_LINEAR:
@@ -275,3 +275,15 @@ def _add_adapter(backbone: Any, spec: TrainableSpec, also: list[str]) -> set[str
     return adapters.add_lora(backbone, [name for name in targets if name not in clash], settings, also=also).free(
         backbone
     )
+
+
+def _peft_options(backbone: Any, spec: TrainableSpec) -> dict[str, Any]:
+    """The method's configuration with its targets in full, so that a head that learns is not wrapped as well."""
+    options = dict(spec.peft or {})
+    kind = str(options.get("peft_type", "")).upper()
+    if kind in ("IA3", "LN_TUNING", "TRAINABLE_TOKENS"):
+        return options
+    wanted = options.get("target_modules") or spec.targets
+    if wanted == ALL_LINEAR or not isinstance(wanted, str):
+        options["target_modules"] = find_targets(backbone, wanted)
+    return options
