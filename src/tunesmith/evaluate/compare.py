@@ -69,7 +69,7 @@ def describe(metric: str, before: float, after: float, change: Estimate, verdict
     head = verdict.upper() if verdict == NO_CHANGE else verdict.capitalize()
     values = f"{name} {number(before)} before, {number(after)} after"
     if change.low is None or change.high is None:
-        return f"{head}: {values}; {change.n} row{'s' * (change.n != 1)} are too few for an interval"
+        return f"{head}: {values}; too few rows for an interval, n = {change.n:,}"
     few = f"; fewer than {MIN_ROWS} rows decide nothing" if change.n < MIN_ROWS else ""
     interval = f"95 % interval {number(change.low, sign=True)} to {number(change.high, sign=True)}"
     return f"{head}: {values} ({number(change.value, sign=True)}, {interval}, n = {change.n:,}{few})"

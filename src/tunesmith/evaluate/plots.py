@@ -74,9 +74,10 @@ def held_out(
         metrics = line.get("metrics")
         entry = metrics.get(metric) if isinstance(metrics, dict) else None
         entry = entry if isinstance(entry, dict) else {"value": entry}
-        if _number(line.get("step")) and _number(entry.get("value")):
+        step, value = line.get("step"), entry.get("value")
+        if _number(step) and _number(value):
             low, high = (float(v) if _number(v) else None for v in (entry.get("low"), entry.get("high")))
-            found.append((float(line["step"]), float(entry["value"]), low, high))
+            found.append((float(step), float(value), low, high))
     return found
 
 

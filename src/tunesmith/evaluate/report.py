@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.evaluate import plots
-from tunesmith.evaluate.compare import NO_CHANGE, describe
+from tunesmith.evaluate.compare import NO_CHANGE, describe, number
 from tunesmith.evaluate.report_html import (
     Markup,
     amount,
@@ -140,7 +140,7 @@ def _cell(entry: Mapping[str, Any] | None, *, sign: bool = False) -> Markup:
     if entry is None:
         return esc("–")
     value = entry.get("value")
-    text = f"{as_number(value):+.4g}" if sign and is_number(value) else amount(value)
+    text = number(as_number(value), sign=True) if sign and is_number(value) else amount(value)
     small = tag("span", interval(entry.get("low"), entry.get("high"), sign=sign), "soft small")
     return Markup(f"{esc(text)} <br>{small}")
 

@@ -29,6 +29,7 @@ h2{font-size:1.15rem;margin:2.4rem 0 .6rem}p{margin:.5rem 0}.soft{color:var(--so
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:.4rem .7rem .4rem 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 th{font-weight:600;color:var(--soft);font-size:.875rem}td.n,th.n{text-align:right}td .soft{white-space:nowrap}
+.narrow{width:auto;min-width:22rem}.narrow thead{display:none}.two+div{border-top:1px solid var(--line)}
 figure{margin:1rem 0}figure img{width:100%;height:auto;background:#fff;border:1px solid var(--line);border-radius:6px}
 figcaption{color:var(--soft);font-size:.875rem}.sample{border:1px solid var(--line);border-radius:6px;margin:1rem 0}
 .sample>div{padding:.7rem 1rem}.sample .two{display:grid;grid-template-columns:1fr 1fr;padding:0;
@@ -72,12 +73,13 @@ def tag(name: str, content: Any, css: str = "") -> Markup:
 def table(head: Sequence[Any], rows: Iterable[Sequence[Any]], *, numeric: Sequence[int] = ()) -> Markup:
     """A table; the columns in `numeric` stand to the right."""
     right = set(numeric)
+    css = "" if any(head) else ' class="narrow"'
     top = "".join(tag("th", cell, "n" if i in right else "") for i, cell in enumerate(head))
     body = "".join(
         "<tr>" + "".join(tag("td", cell, "n" if i in right else "") for i, cell in enumerate(row)) + "</tr>"
         for row in rows
     )
-    return Markup(f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>')
+    return Markup(f'<div class="scroll"><table{css}><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>')
 
 
 def section(title: str, *parts: Any) -> Markup:
