@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -32,10 +33,14 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation of at least one prompt and one answer; `tools` are JSON schemas for the chat template."""
+    """A conversation of at least one prompt and one answer; `tools` are JSON schemas for the chat template.
+
+    `plain`: a prompt template already made the prompt, so no chat template goes round it.
+    """
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, object], ...] | None = None
+    plain: bool = False
     origin: str = ""
 
 
@@ -70,6 +75,11 @@ class Prompt:
 
 
 Record = Text | Chat | Pair | Labelled | Prompt
+
+
+def normalised(text: str) -> str:
+    """Width, case and white space folded: texts that differ in nothing else are the same."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def input_text(record: Record) -> str:

@@ -27,7 +27,7 @@ KINDS = {
 MAX_DOCUMENT_CHARS = 2**20
 DOCUMENT_END = "<|endoftext|>"
 _CHUNK_CHARS = 2**18
-_SPACE = re.compile(r"[\s,]*")
+_SPACE = re.compile(r"\s*")
 
 
 def kind_of(file: DataFile) -> str:
@@ -149,11 +149,15 @@ def _json_rows(file: DataFile) -> Iterator[Row | BadRow]:
             yield from _enclosed(reader, file.name)
             return
         reader.take("[")
-        while True:
-            reader.skip()
-            if reader.peek() in ("]", ""):
-                break
+        reader.skip()
+        while reader.peek() not in ("]", ""):
             yield reader.element()
+            reader.skip()
+            if reader.peek() == ",":
+                reader.take(",")
+                reader.skip()
+            elif reader.peek() not in ("]", ""):
+                reader.take(",")
         if not reader.peek():
             raise DataError(f"{file.name}:{reader.line}: the array is never closed; the file is cut short, copy it again")
         reader.take("]")

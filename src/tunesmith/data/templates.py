@@ -1,85 +1,160 @@
-"""Prompt templates: columns -> prompt and completion. The same template serves training and inference."""
+"""Prompt templates: columns of a row -> (prompt, completion), the same way in training and at inference.
+
+A template is text with `{column}` placeholders; `{{` and `}}` are braces. Values are pasted, never parsed, so
+braces in the data are harmless, and a placeholder is a plain name: no attributes, indices or formats.
+"""
 
 from __future__ import annotations
 
+import difflib
+import math
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, several
+
+
+def placeholders(text: str) -> list[str]:
+    """Names in the order they stand; DataError if the braces do not match or hold more than a name."""
+    return [name for _, name in _pieces(text) if name is not None]
+
+
+def _pieces(text: str) -> list[tuple[str, str | None]]:
+    try:
+        parsed = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise DataError(f"template {text[:80]!r}: {error}; write {{{{ and }}}} for braces that are text") from None
+    pieces: list[tuple[str, str | None]] = []
+    for literal, name, spec, conversion in parsed:
+        if name is not None and (not name.strip() or spec or conversion or any(c in name for c in ".[]{}")):
+            written = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            raise DataError(f"template placeholder {{{written}}}: only a column's name may stand in braces")
+        pieces.append((literal, name))
+    return pieces
+
+
+def as_text(value: object, name: str) -> str:
+    """A value as it is pasted: text, whole and finite numbers; a list of texts is joined by ", "."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        return str(value)
+    if isinstance(value, list | tuple):
+        texts = [item for item in value if isinstance(item, str)]
+        if texts and len(texts) == len(value):
+            return ", ".join(texts)
+    found = "empty (null)" if value is None else f"a {type(value).__name__}"
+    raise DataError(f"column {name!r} is {found}; a template takes text, numbers and lists of text")
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """`prompt` and `completion` with `{column}` placeholders.
+    """`prompt` and `completion`, each with placeholders. A completion may be empty (raw text, prompts).
 
     `Template("Q: {question}\\nA: ", "{answer}")` on `{"question": "2+2?", "answer": "4"}` gives
-    `("Q: 2+2?\\nA: ", "4")`. Doubled braces stand for themselves.
+    `("Q: 2+2?\\nA: ", "4")`.
     """
 
     prompt: str
-    completion: str
+    completion: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.columns:
+            raise DataError(f"template {(self.prompt + self.completion)[:80]!r} has no {{column}} placeholder")
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The placeholders, in order, each once."""
-        names = [name for part in (self.prompt, self.completion) for _, name, _, _ in string.Formatter().parse(part) if name]
-        return tuple(dict.fromkeys(names))
+        """Every placeholder, each once, in order."""
+        return tuple(dict.fromkeys(placeholders(self.prompt) + placeholders(self.completion)))
 
-    def render(self, row: Mapping[str, Any], *, completion: bool = True) -> tuple[str, str]:
-        """`(prompt, completion)`; `DataError` for a placeholder that the row does not have."""
-        wanted = self.columns if completion else Template(self.prompt, "").columns
-        missing = [name for name in wanted if name not in row]
-        if missing:
-            raise DataError(
-                f"the template wants {{{'}, {'.join(missing)}}}, and the row has the columns {', '.join(row) or 'none'}"
-            )
-        values = {name: str(row[name]) for name in wanted}
-        return self.prompt.format_map(values), self.completion.format_map(values) if completion else ""
+    def render(self, row: Mapping[str, object]) -> tuple[str, str]:
+        """(prompt, completion) of a row; DataError naming the known columns where a placeholder has no column."""
+        self._check(self.columns, row)
+        return _fill(self.prompt, row), _fill(self.completion, row)
+
+    def render_prompt(self, row: Mapping[str, object]) -> str:
+        """The prompt alone, as at inference: the row needs no answer."""
+        self._check(tuple(placeholders(self.prompt)), row)
+        return _fill(self.prompt, row)
+
+    def as_dict(self) -> dict[str, str]:
+        """What is saved with the model; `get_template` reads it back."""
+        return {"prompt": self.prompt, "completion": self.completion}
+
+    def _check(self, columns: tuple[str, ...], row: Mapping[str, object]) -> None:
+        problems = [_unknown(name, row) for name in columns if name not in row]
+        if problems:
+            raise several(problems, DataError)
 
 
-TEMPLATES = {
+def _unknown(name: str, row: Mapping[str, object]) -> str:
+    near = difflib.get_close_matches(name, [str(key) for key in row], n=1)
+    hint = f"; did you mean {{{near[0]}}}?" if near else ""
+    return f"template placeholder {{{name}}} is no column; columns are: {', '.join(map(str, row)) or 'none'}{hint}"
+
+
+def _fill(text: str, row: Mapping[str, object]) -> str:
+    pasted = (literal + ("" if name is None else as_text(row[name], name)) for literal, name in _pieces(text))
+    return "".join(pasted)
+
+
+_TASK = "Below is an instruction that describes a task"
+TEMPLATES: dict[str, Template] = {
     "qa": Template("Please answer the following question.\n\nQ: {question}\n\nA: ", "{answer}"),
     "summarise": Template("Summarise the following text.\n\n{text}\n\nSummary: ", "{summary}"),
     "translate": Template("Translate the following text.\n\n{source}\n\nTranslation: ", "{target}"),
     "classify": Template("Which label fits the following text?\n\n{text}\n\nLabel: ", "{label}"),
     "alpaca": Template(
-        "Below is an instruction that describes a task. Write a response that completes it.\n\n"
-        "### Instruction:\n{instruction}\n\n### Response:\n",
+        f"{_TASK}. Write a response that completes it.\n\n### Instruction:\n{{instruction}}\n\n### Response:\n",
         "{output}",
     ),
     "alpaca_input": Template(
-        "Below is an instruction that describes a task, with an input that it applies to. "
-        "Write a response that completes it.\n\n"
+        f"{_TASK}, with an input that it applies to. Write a response that completes it.\n\n"
         "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
         "{output}",
     ),
 }
 """Built-in templates by name."""
 
-MARK = "{completion}"
 
+def get_template(name_or_text: str | Mapping[str, str] | Template) -> Template:
+    """A built-in template by name, `{prompt, completion}`, or text whose last placeholder begins the completion.
 
-def get_template(text: str) -> Template:
-    """A built-in template by its name, or the text of one.
-
-    In a text the last placeholder starts the completion: `"Q: {question} A: {answer}"` trains on the answer. Raises
-    `DataError` for an unknown name, broken braces, or fewer than two placeholders.
+    `"Q: {q} A: {a}"` is the prompt `"Q: {q} A: "` and the completion `"{a}"`; text with a single placeholder is
+    all prompt. DataError for a name that is not built in.
     """
-    if text in TEMPLATES:
-        return TEMPLATES[text]
-    if "{" not in text:
-        raise DataError(f"there is no template `{text}`; built in are {', '.join(TEMPLATES)}; or write one with {{columns}}")
-    try:
-        fields = [f for f in string.Formatter().parse(text) if f[1] is not None]
-        plain = all(name and name.replace("_", "").replace(" ", "").replace("-", "").isalnum() for _, name, _, _ in fields)
-        bare = all(not spec and conversion is None for _, _, spec, conversion in fields)
-    except ValueError as error:
-        raise DataError(f"the template's braces do not match: {error}; a brace as text is written twice") from None
-    if not plain or not bare:
-        raise DataError("a placeholder is a column's name and nothing else, as in {question}")
-    if len(fields) < 2:
-        raise DataError("a template needs a placeholder for what is asked and, last, one for the answer")
-    cut = text.rindex("{" + str(fields[-1][1]) + "}")
-    return Template(text[:cut], text[cut:])
+    if isinstance(name_or_text, Template):
+        return name_or_text
+    if isinstance(name_or_text, Mapping):
+        if not {"prompt"} <= set(name_or_text) <= {"prompt", "completion"}:
+            raise DataError(f"a template has the keys prompt and completion, not {', '.join(map(str, name_or_text))}")
+        return Template(name_or_text["prompt"], name_or_text.get("completion", ""))
+    if name_or_text in TEMPLATES:
+        return TEMPLATES[name_or_text]
+    if "{" not in name_or_text:
+        near = difflib.get_close_matches(name_or_text, TEMPLATES, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise DataError(
+            f"no template is named {name_or_text[:80]!r}{hint}; built in are {', '.join(TEMPLATES)}, "
+            "and one of your own is text with {column} placeholders"
+        )
+    return _cut(name_or_text)
+
+
+def _cut(text: str) -> Template:
+    pieces = _pieces(text)
+    named = [i for i, (_, name) in enumerate(pieces) if name is not None]
+    if len(named) < 2:
+        return Template(text)
+    last = named[-1]
+    prompt = "".join(_source(*piece) for piece in pieces[:last]) + _source(pieces[last][0], None)
+    completion = _source("", pieces[last][1]) + "".join(_source(*piece) for piece in pieces[last + 1 :])
+    return Template(prompt, completion)
+
+
+def _source(literal: str, name: str | None) -> str:
+    escaped = literal.replace("{", "{{").replace("}", "}}")
+    return escaped if name is None else f"{escaped}{{{name}}}"
