@@ -1,0 +1,135 @@
+"""The weights a finished run ends with: written once, opened again for eval, chat, predict and export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tunesmith.data.batches import collate
+from tunesmith.data.encode import Encoder
+from tunesmith.data.records import Labelled
+from tunesmith.engine.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
+from tunesmith.engine.state import TrainState
+from tunesmith.errors import RunError
+from tunesmith.model.language import LanguageModel
+from tunesmith.model.load import load_tokenizer
+from tunesmith.model.score import ScoreModel
+from tunesmith.model.trainable import Trainable, make_trainable
+from tunesmith.recipe import Recipe, load_resolved
+from tunesmith.rundir import RunDir
+from tunesmith.stages.job import Job, trainable_spec
+from tunesmith.stages.prepare import base_path, load_model
+
+Model = LanguageModel | ScoreModel
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """A finished run, opened: its model with the trained weights in it."""
+
+    run: RunDir
+    recipe: Recipe
+    tokenizer: Any
+    model: Model
+    trainable: Trainable
+    label_names: tuple[str, ...]
+    template: str | None
+    base: str
+
+    @property
+    def backbone(self) -> Any:
+        """The transformers model."""
+        return self.model.backbone
+
+
+def save(run: RunDir, state: TrainState) -> None:
+    """Write what was trained, in the checkpoint format, to the run's `final` folder."""
+    tensors, meta = state.capture()
+    kept = {name: t for name, t in tensors.items() if name.startswith(("model.", "buffer."))}
+    save_checkpoint(run.file("final"), state.step, kept, {"step": state.step, "identity": meta["identity"]}, keep=1)
+
+
+def _newest(run: RunDir) -> Path:
+    found = sorted(run.file("final").glob("step_*"))
+    if not found:
+        raise RunError(f"{run.path} is not finished; go on with `tunesmith train --resume {run.path}`")
+    if problems := verify_checkpoint(found[-1]):
+        raise RunError(f"{found[-1]} is damaged: {problems[0]}; train again, or restore it from a copy")
+    return found[-1]
+
+
+def open_tuned(run: RunDir) -> Tuned:
+    """The run's model with its trained weights; `RunError` when it is not finished, damaged, or its base has changed."""
+    folder = _newest(run)
+    recipe, inputs = load_resolved(run.file("recipe")), run.read_json("inputs")
+    origin = Path(inputs["recipe_folder"])
+    base, labels = base_path(recipe.base, origin), tuple(inputs["labels"])
+    backbone = load_model(recipe, base, labels)
+    trainable = make_trainable(backbone, trainable_spec(recipe, origin))
+    model = wrap(recipe.stage, backbone)
+    tensors, _ = load_checkpoint(folder)
+    _put_in(model, tensors, run)
+    tokenizer = load_tokenizer(base, trust=recipe.trust_remote_code)
+    return Tuned(run, recipe, tokenizer, model.eval(), trainable, labels, inputs["template"], base)
+
+
+def wrap(stage: str, backbone: Any) -> Model:
+    """The backbone as the stage sees it."""
+    return ScoreModel(backbone) if stage == "classify" else LanguageModel(backbone, causal=stage != "mlm")
+
+
+@torch.no_grad()
+def _put_in(model: nn.Module, tensors: Mapping[str, torch.Tensor], run: RunDir) -> None:
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(".")
+        target = (parameters if kind == "model" else buffers).get(name)
+        if target is None or target.shape != tensor.shape:
+            raise RunError(f"{run.path}: its weight {name} does not fit the base; has the base been changed since?")
+        target.copy_(tensor)
+
+
+def label_sentences(job: Job, model: nn.Module) -> list[dict[str, Any]]:
+    """The recipe's own sentences and what the model makes of them; empty outside classification."""
+    texts = job.recipe.evaluate.sentences
+    if not texts or not isinstance(model, ScoreModel):
+        return []
+    longest = job.recipe.data.max_length or 512
+    return classify_texts(model, job.tokenizer, texts, job.inputs.label_names, longest, job.recipe.data.multi_label)
+
+
+def classify_texts(
+    model: ScoreModel, tokenizer: Any, texts: Sequence[str], names: Sequence[str], max_length: int, multi_label: bool
+) -> list[dict[str, Any]]:
+    """`{text, answer, probabilities}` per text; a text that is too long keeps its end."""
+    encoder = Encoder(
+        tokenizer, "classify", max_length, "truncate_left", label_names=tuple(names), multi_label=multi_label
+    )
+    label: Any = () if multi_label else names[0]
+    samples = [encoder(Labelled(text, label, f"text {i}"))[0] for i, text in enumerate(texts, 1)]
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        device = next(model.parameters()).device
+        found = model(collate(samples).to(device)).scores
+    model.train(was_training)
+    assert found is not None
+    scores = found.double().cpu()
+    shares = (scores.sigmoid() if multi_label else scores.softmax(-1)).numpy()
+    return [
+        {"text": text, "answer": _answer(row, names, multi_label),
+         "probabilities": {name: round(float(share), 4) for name, share in zip(names, row, strict=True)}}
+        for text, row in zip(texts, shares, strict=True)
+    ]  # fmt: skip
+
+
+def _answer(shares: np.ndarray, names: Sequence[str], multi_label: bool) -> str:
+    if multi_label:
+        return ", ".join(name for name, share in zip(names, shares, strict=True) if share > 0.5) or "(none)"
+    return names[int(shares.argmax())]

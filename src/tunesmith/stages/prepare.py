@@ -1,0 +1,209 @@
+"""From a recipe to a job: read, check and encode the data, load the base, decide what trains."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tunesmith.data.check import check_records
+from tunesmith.data.encode import Encoder
+from tunesmith.data.records import Labelled, Record, RecordSet, Text, read_records
+from tunesmith.data.split import Mixed, split_records
+from tunesmith.data.store import SampleStore, build_store
+from tunesmith.errors import DataError, RecipeError
+from tunesmith.model.load import base_record, load_backbone, load_tokenizer
+from tunesmith.model.trainable import make_trainable
+from tunesmith.plan.hardware import choose_device, choose_precision
+from tunesmith.recipe import Recipe
+from tunesmith.stages import classify, mlm, pretrain, sft
+from tunesmith.stages.job import Inputs, Job, trainable_spec
+
+STAGES: dict[str, ModuleType] = {"pretrain": pretrain, "mlm": mlm, "sft": sft, "classify": classify}
+Say = Callable[[str], None]
+Records = Any
+"""Anything that gives records again and again and has a fingerprint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sets:
+    """The records of a run by what they are for."""
+
+    train: Records
+    eval: Records | None
+    test: Records | None
+
+
+def cache_folder() -> Path:
+    """Where encoded samples are kept: `TUNESMITH_CACHE`, or `~/.cache/tunesmith`."""
+    return Path(os.environ.get("TUNESMITH_CACHE") or Path.home() / ".cache" / "tunesmith")
+
+
+def read_sets(recipe: Recipe, folder: Path) -> Sets:
+    """Open every data source of the recipe; nothing is held in memory."""
+    data = recipe.data
+
+    def read(spec: str, fmt: str | None = None, columns: Any = None, template: str | None = None) -> RecordSet:
+        return read_records(
+            locate(spec, folder), stage=recipe.stage, format=fmt or data.format, columns=columns or data.columns,
+            on_bad_row=data.on_bad_row, template=template or data.template,
+        )  # fmt: skip
+
+    if data.mix is not None:
+        parts = [(read(p.path, p.format, p.columns, p.template), p.weight) for p in data.mix]
+        train: Records = Mixed(parts, recipe.seed)
+    else:
+        assert data.train is not None, "the recipe is checked"
+        train = read(data.train)
+    held_out = read(data.eval) if data.eval is not None else None
+    test = read(data.test) if data.test is not None else None
+    if data.split is not None:
+        train, split_eval, split_test = split_records(
+            train, (data.split.eval, data.split.test), recipe.seed, group_key=data.group_key
+        )
+        held_out = held_out or (split_eval if data.split.eval else None)
+        test = test or (split_test if data.split.test else None)
+    return Sets(train, held_out, test)
+
+
+def locate(spec: str, folder: Path) -> str:
+    """A path of the recipe: relative to the recipe's folder when something is there, else as it stands."""
+    if Path(spec).is_absolute():
+        return spec
+    beside = folder / Path(spec).expanduser()
+    if beside.exists() or any(c in spec for c in "*?[") and list(folder.glob(spec)):
+        return str(beside)
+    return spec
+
+
+def labels_of(records: Iterable[Record]) -> tuple[str, ...]:
+    """Every label that stands in the records, numbers in their order, else alphabetically."""
+    found: set[str] = set()
+    for record in records:
+        if isinstance(record, Labelled):
+            found.update([record.label] if isinstance(record.label, str) else record.label)
+    return tuple(sorted(found, key=lambda name: (not name.lstrip("-").isdigit(), int(name) if name.lstrip("-").isdigit() else 0, name)))
+
+
+def make_inputs(recipe: Recipe, sets: Sets, tokenizer: Any, context_tokens: int | None, *, say: Say) -> Inputs:
+    """Check the records, then encode them; what was noticed is said and kept."""
+    labels = label_names(recipe, sets) if recipe.stage == "classify" else ()
+    found = check_records(sets.train, sets.eval, test=sets.test, stage=recipe.stage, on_overlap=recipe.data.on_overlap)
+    for note in found.notes:
+        say(note)
+    encoder = make_encoder(recipe, tokenizer, labels, context_tokens)
+    stores = {
+        name: None if records is None else _encode(records, encoder, name, say=say)
+        for name, records in (("training", sets.train), ("held-out", sets.eval), ("test", sets.test))
+    }
+    train = stores["training"]
+    assert train is not None
+    notes = (*found.notes, *(f"{name}: {text}" for name, s in stores.items() if s is not None for text in tally(s)))
+    return Inputs(train, stores["held-out"], stores["test"], probe(recipe, tokenizer, context_tokens), labels, notes)
+
+
+def label_names(recipe: Recipe, sets: Sets) -> tuple[str, ...]:
+    """The classes, from the training rows alone; `DataError` for one class, or a held-out label never trained on."""
+    names = labels_of(sets.train)
+    if len(names) < 2:
+        only = f"only the label {names[0]!r}" if names else "no label"
+        raise DataError(f"the training rows have {only}; classification needs at least two")
+    for what, records in (("held-out", sets.eval), ("test", sets.test)):
+        unseen = sorted(set(labels_of(records)) - set(names)) if records is not None else []
+        if unseen:
+            raise DataError(f"{what} rows have labels that no training row has: {', '.join(unseen)}; the training rows "
+                            f"have {', '.join(names[:20])}")  # fmt: skip
+    return names
+
+
+def make_encoder(recipe: Recipe, tokenizer: Any, labels: tuple[str, ...], context_tokens: int | None) -> Encoder:
+    """How records become samples under this recipe."""
+    data = recipe.data
+    longest = data.max_length or context_tokens or 1024
+    if context_tokens is not None and longest > context_tokens:
+        raise RecipeError(f"data.max_length is {longest}, and {recipe.base} takes {context_tokens} tokens; lower it")
+    return Encoder(
+        tokenizer, recipe.stage, longest, data.on_too_long,
+        mask_prompt=not data.train_on_prompt, label_names=labels, multi_label=data.multi_label,
+    )  # fmt: skip
+
+
+def _encode(records: Records, encoder: Encoder, what: str, *, say: Say) -> SampleStore:
+    store = build_store(records, encoder, cache_folder())
+    if len(store) == 0:
+        raise DataError(f"no {what} sample is left after encoding; look at data.on_too_long and data.max_length")
+    say(f"{what}: {len(store):,} samples, {store.num_tokens:,} tokens")
+    for text in tally(store):
+        say(f"{what}: {text}")
+    return store
+
+
+def tally(store: SampleStore) -> list[str]:
+    """What encoding cut or left out, in words."""
+    return [f"{name.replace('_', ' ')}: {count:,}" for name, count in sorted(store.tally.items()) if count]
+
+
+def probe(recipe: Recipe, tokenizer: Any, context_tokens: int | None) -> SampleStore | None:
+    """General text outside the task, on which forgetting is measured; the built-in one unless the recipe names one."""
+    if recipe.stage in ("classify", "mlm"):
+        return None
+    if recipe.evaluate.probe is not None:
+        records: Records = read_records(recipe.evaluate.probe, stage="pretrain")
+    else:
+        records = _BuiltInProbe()
+    longest = min(context_tokens or 512, 512)
+    return build_store(records, Encoder(tokenizer, "pretrain", longest, "split"), cache_folder())
+
+
+class _BuiltInProbe:
+    """Short paragraphs of general knowledge that come with the program."""
+
+    fingerprint = "built-in probe 1"
+
+    def __iter__(self) -> Any:
+        text = resources.files("tunesmith.evaluate").joinpath("probe.txt").read_text(encoding="utf-8")
+        for number, paragraph in enumerate(text.split("\n\n"), 1):
+            yield Text(paragraph.strip(), f"probe.txt:{number}")
+
+
+def prepare(recipe: Recipe, folder: Path, *, say: Say) -> tuple[Job, dict[str, Any]]:
+    """(job, what the base is). Everything that can be refused is refused here, before the first step."""
+    try:
+        device = choose_device(recipe.device)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    precision = choose_precision(recipe.precision, device)
+    base = base_path(recipe.base, folder)
+    record = base_record(base, trust=recipe.trust_remote_code)
+    tokenizer = load_tokenizer(base, trust=recipe.trust_remote_code)
+    sets = read_sets(recipe, folder)
+    say(f"data: {sets.train.describe()}")
+    inputs = make_inputs(recipe, sets, tokenizer, record["context_tokens"], say=say)
+    backbone = load_model(recipe, base, inputs.label_names)
+    trainable = make_trainable(backbone, trainable_spec(recipe, folder))
+    if trainable.trainable == 0:
+        raise RecipeError("nothing would train: no parameter requires a gradient; look at `tune`")
+    say(trainable.describe())
+    if recipe.train.checkpoint_activations:
+        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Job(recipe, tokenizer, inputs, backbone, trainable, device, precision), record
+
+
+def base_path(base: str, folder: Path) -> str:
+    """A base given as a folder relative to the recipe, or as it stands (a folder or a hub id)."""
+    beside = folder / Path(base).expanduser()
+    return str(beside) if beside.is_dir() else base
+
+
+def load_model(recipe: Recipe, base: str, label_names: tuple[str, ...]) -> Any:
+    """The base as the stage needs it: with a language head, a masked one, or a new classification head."""
+    problem = "multi_label_classification" if recipe.data.multi_label else "single_label_classification"
+    is_classifier = recipe.stage == "classify"
+    return load_backbone(
+        base, STAGES[recipe.stage].KIND, label_names=label_names or None, problem=problem if is_classifier else None,
+        seed=recipe.seed, trust=recipe.trust_remote_code,
+    )  # fmt: skip

@@ -1,0 +1,233 @@
+"""A run from beginning to end: prepare, measure, fit, measure again, report. Interrupted anywhere, it goes on exactly."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.engine.checkpoint import check_free_space, checkpoint_bytes
+from tunesmith.engine.contracts import FitSpec, Progress
+from tunesmith.engine.fit import Files, StepReport, fit, resume
+from tunesmith.engine.metrics import MetricsLog
+from tunesmith.engine.optim import build_optimizer
+from tunesmith.engine.state import TrainState
+from tunesmith.evaluate.card import write_card
+from tunesmith.evaluate.compare import Difference, compare, overall
+from tunesmith.evaluate.generate import side_by_side
+from tunesmith.evaluate.report import write_report
+from tunesmith.model.language import LanguageModel
+from tunesmith.plan.hardware import environment, peak_memory_bytes
+from tunesmith.recipe import Recipe, Resolved, load_resolved
+from tunesmith.rundir import RunDir
+from tunesmith.stages import finals
+from tunesmith.stages.job import Built, Job, Measured, fit_spec, identity
+from tunesmith.stages.likelihood import measure_likelihood
+from tunesmith.stages.prepare import STAGES, prepare
+
+Say = Callable[[str], None]
+Show = Callable[[StepReport], None]
+
+
+def start(run: RunDir, resolved: Resolved, *, say: Say, show: Show) -> dict[str, Any]:
+    """A new run in the locked folder `run`. The recipe is written only when everything has been checked."""
+    for warning in resolved.warnings:
+        say(f"note: {warning}")
+    _use_threads(resolved.recipe)
+    job, base = prepare(resolved.recipe, resolved.folder, say=say)
+    built = _build(job, say)
+    run.write_json("origins", dict(resolved.origins))
+    run.write_json("inputs", _inputs(job, base, resolved.folder))
+    run.write_json("trainable", {**asdict(job.trainable), "names": list(job.trainable.names)})
+    run.write_json("environment", environment(job.device, job.precision, torch.get_num_threads()))
+    run.write_text("recipe", resolved.to_yaml())
+    return _train(run, job, built, base, again=False, say=say, show=show)
+
+
+def go_on(run: RunDir, *, say: Say, show: Show) -> dict[str, Any]:
+    """The same run from its newest sound checkpoint, or from its beginning when it has none yet."""
+    recipe = load_resolved(run.file("recipe"))
+    _use_threads(recipe)
+    folder = Path(run.read_json("inputs")["recipe_folder"])
+    job, base = prepare(recipe, folder, say=say)
+    return _train(run, job, _build(job, say), base, again=True, say=say, show=show)
+
+
+def _use_threads(recipe: Recipe) -> None:
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+
+
+def _build(job: Job, say: Say) -> Built:
+    built: Built = STAGES[job.recipe.stage].build(job)
+    model = built.stage.model
+    layout, why = str(model.layout.value), str(model.why)  # type: ignore[union-attr]
+    if why:
+        say(f"{job.recipe.base} runs {layout}, which is slower than packed: {why}")
+    return built
+
+
+def _train(
+    run: RunDir, job: Job, built: Built, base: Mapping[str, Any], *, again: bool, say: Say, show: Show
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    stage, spec = built.stage, fit_spec(job.recipe, built.stage.source.num_steps, job.device)
+    state = TrainState(
+        step=0,
+        model=stage.model,
+        optimizer=build_optimizer(stage.model, spec.optim),
+        source=stage.source,
+        identity=identity(job, str(base["hash"])),
+    )
+    before = _measure(built, job, say, "before")
+    files = _files(run)
+    resumed = again and resume(state, files, say=say)
+    if resumed:
+        say(f"going on from step {state.step} of {stage.source.num_steps}")
+    else:
+        _start_clean(files)
+        needed = 2 * checkpoint_bytes(state.capture()[0]) + 4 * _trained_bytes(state)
+        check_free_space(run.path, needed)
+    progress = _fit(built, state, spec, files, say, show, resumed)
+    after = _measure(built, job, say, "after")
+    finals.save(run, state)
+    result = _result(run, job, base, progress, before, after)
+    result["seconds"] = round(time.perf_counter() - started, 3)
+    return _publish(run, job, result, before, after, say)
+
+
+def _fit(
+    built: Built, state: TrainState, spec: FitSpec, files: Files, say: Say, show: Show, resumed: bool
+) -> Progress:
+    try:
+        return fit(built.stage, state, spec, files, say=say, show=show, resumed=resumed)
+    finally:
+        for log in (files.metrics, files.evaluations, files.timings):
+            log.close()
+
+
+def _files(run: RunDir) -> Files:
+    return Files(
+        MetricsLog(run.file("metrics")), MetricsLog(run.file("evaluations")), MetricsLog(run.file("timings")),
+        run.file("checkpoints"),
+    )  # fmt: skip
+
+
+def _start_clean(files: Files) -> None:
+    """Lines of a start that was cut off before its first checkpoint."""
+    for log in (files.metrics, files.evaluations, files.timings):
+        log.cut(0)
+
+
+def _trained_bytes(state: TrainState) -> int:
+    """AdamW's two moments come with the first step."""
+    return sum(p.numel() * 4 for group in state.optimizer.param_groups for p in group["params"])
+
+
+@dataclass(frozen=True, slots=True)
+class _Both:
+    """What is measured before and after: held-out rows, test rows, the probe, the recipe's sentences."""
+
+    held_out: Measured | None
+    test: Measured | None
+    probe: Measured | None
+    sentences: list[dict[str, Any]]
+
+
+def _measure(built: Built, job: Job, say: Say, when: str) -> _Both:
+    inputs = job.inputs
+    held_out = built.measure(inputs.eval, True) if inputs.eval is not None else None
+    test = built.measure(inputs.test, False) if inputs.test is not None else None
+    probe = None
+    if inputs.probe is not None and isinstance(built.stage.model, LanguageModel):
+        from tunesmith.data.batches import collate
+
+        probe = measure_likelihood(job, built.stage.model, inputs.probe, collate)
+    if held_out is not None:
+        say(f"{when}: " + "  ".join(f"{name} {e.value:.4f}" for name, e in held_out.metrics.items()))
+    return _Both(held_out, test, probe, finals.label_sentences(job, built.stage.model))
+
+
+def _result(
+    run: RunDir, job: Job, base: Mapping[str, Any], progress: Progress, before: _Both, after: _Both
+) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "run": run.name,
+        "stage": job.recipe.stage,
+        "base": dict(base),
+        "method": job.recipe.tune.method,
+        "before": None,
+        "after": None,
+        "trainable_parameters": job.trainable.trainable,
+        "total_parameters": job.trainable.total,
+        "peak_memory_bytes": peak_memory_bytes(job.device),
+        "tokens": progress.tokens,
+        "train_seconds": round(progress.seconds, 3),
+        "tokens_per_second": round(progress.tokens / progress.seconds, 1) if progress.seconds else 0.0,
+        "best_step": progress.best_step or None,
+        "findings": list(job.inputs.notes),
+    }
+    seed = job.recipe.seed
+    if before.held_out is not None and after.held_out is not None:
+        result |= _pair(before.held_out, after.held_out, seed)
+        result["verdict"] = overall(_differences(before.held_out, after.held_out, seed), job.recipe.train.select_by)
+    else:
+        result["verdict"] = "Nothing was held out, so whether it helped is not known."
+    for name in ("test", "probe"):
+        first, last = getattr(before, name), getattr(after, name)
+        if first is not None and last is not None:
+            result[name] = _pair(first, last, seed)
+    return result
+
+
+def _differences(before: Measured, after: Measured, seed: int) -> dict[str, Difference]:
+    return compare(before.statistics, after.statistics, seed=seed)
+
+
+def _pair(before: Measured, after: Measured, seed: int) -> dict[str, Any]:
+    difference = {name: d.as_json() for name, d in _differences(before, after, seed).items()}
+    return {"before": before.as_json(), "after": after.as_json(), "difference": difference}
+
+
+def _publish(run: RunDir, job: Job, result: dict[str, Any], before: _Both, after: _Both, say: Say) -> dict[str, Any]:
+    """Samples, result, report and card; result.json last but for what reads it."""
+    rows: list[dict[str, Any]] = []
+    if before.held_out is not None and after.held_out is not None:
+        first, last = before.held_out.generation, after.held_out.generation
+        if first is not None and last is not None:
+            rows += side_by_side(first, last)
+    rows += [
+        {"prompt": was["text"], "before": was["answer"], "after": now["answer"]}
+        for was, now in zip(before.sentences, after.sentences, strict=True)
+    ]
+    run.write_text("samples", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    result["export_bytes"] = sum(p.stat().st_size for p in run.file("final").rglob("*") if p.is_file())
+    run.write_json("result", result)
+    write_report(run.path)
+    write_card(run.path)
+    say(result["verdict"])
+    say(f"report: {run.file('report')}")
+    return result
+
+
+def _inputs(job: Job, base: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    inputs = job.inputs
+    sets = {"train": inputs.train, "eval": inputs.eval, "test": inputs.test}
+    data = {
+        name: {"samples": len(store), "tokens": store.num_tokens, "hash": store.fingerprint}
+        for name, store in sets.items()
+        if store is not None
+    }
+    return {
+        "base": dict(base),
+        "data": data,
+        "labels": list(inputs.label_names),
+        "template": job.recipe.data.template,
+        "notes": list(inputs.notes),
+        "recipe_folder": str(folder),
+    }
