@@ -112,16 +112,12 @@ def _build(factory: Any, family: str, seed: int, width: int, layers: int, extra:
     return model.eval()
 
 
-def tiny_causal(
-    family: str = "llama", *, seed: int = 0, width: int = 32, layers: int = 2, **extra: Any
-) -> Any:
+def tiny_causal(family: str = "llama", *, seed: int = 0, width: int = 32, layers: int = 2, **extra: Any) -> Any:
     """A random causal language model, fp32, eval mode; about 30,000 parameters."""
     return _build(AutoModelForCausalLM, family, seed, width, layers, extra)
 
 
-def tiny_masked(
-    family: str = "bert", *, seed: int = 0, width: int = 32, layers: int = 2, **extra: Any
-) -> Any:
+def tiny_masked(family: str = "bert", *, seed: int = 0, width: int = 32, layers: int = 2, **extra: Any) -> Any:
     """A random masked language model, fp32, eval mode."""
     return _build(AutoModelForMaskedLM, family, seed, width, layers, extra)
 
@@ -130,9 +126,7 @@ def tiny_classifier(
     family: str = "bert", *, labels: int = 2, seed: int = 0, width: int = 32, layers: int = 2, **extra: Any
 ) -> Any:
     """A random sequence classifier, fp32, eval mode; causal families too."""
-    return _build(
-        AutoModelForSequenceClassification, family, seed, width, layers, {"num_labels": labels} | extra
-    )
+    return _build(AutoModelForSequenceClassification, family, seed, width, layers, {"num_labels": labels} | extra)
 
 
 def save_tiny(model: Any, folder: Path, *, tokenizer: Any = None) -> Path:

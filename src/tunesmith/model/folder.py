@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ def _near(folder: Path) -> str:
     return f" Did you mean {folder.parent / near[0]}?" if near else ""
 
 
+@lru_cache(maxsize=32)
 def _download(name: str, revision: str | None, *, with_code: bool) -> Path:
     from huggingface_hub import snapshot_download
 
