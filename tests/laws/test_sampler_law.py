@@ -10,6 +10,7 @@ from tests.tiny import CAUSAL, tiny_causal, tiny_tokenizer
 
 from tunesmith.batch import Batch
 from tunesmith.model.language import LanguageModel
+from tunesmith.rollout import sampler as sampler_module
 from tunesmith.rollout.sampler import Rollout, Sampler
 
 PROMPTS = [[7, 8, 9], [10, 11, 12, 13, 14, 15, 16], [20], [7, 30, 31]]
@@ -46,7 +47,9 @@ def training_logprobs(model: LanguageModel, rollouts: list[Rollout]) -> torch.Te
 def sampled(family: str, **settings: Any) -> tuple[LanguageModel, list[Rollout]]:
     model = LanguageModel(tiny_causal(family))
     settings = {"num_per_prompt": 2, "max_tokens": 14, "seed": 3} | settings
-    return model, Sampler(model, tiny_tokenizer()).sample(PROMPTS, **settings)
+    sampler = Sampler(model, tiny_tokenizer())
+    assert sampler.uses_cache, "the law must hold of the cache, not of computing everything again"
+    return model, sampler.sample(PROMPTS, **settings)
 
 
 def flat(rollouts: list[Rollout]) -> torch.Tensor:
@@ -71,6 +74,17 @@ def test_control_another_model_breaks_the_law():
     _, rollouts = sampled("llama")
     other = LanguageModel(tiny_causal("llama", seed=1))
     assert (flat(rollouts) - training_logprobs(other, rollouts)).abs().max() > 1e-2
+
+
+def test_control_padding_that_is_seen_breaks_the_law(monkeypatch: pytest.MonkeyPatch):
+    def seen(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, mask = padded(*args)
+        return ids, torch.ones_like(mask)
+
+    padded = sampler_module._left_padded
+    monkeypatch.setattr(sampler_module, "_left_padded", seen)
+    model, rollouts = sampled("llama")
+    assert (flat(rollouts) - training_logprobs(model, rollouts)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("family", CAUSAL)

@@ -14,6 +14,11 @@ from torch import Tensor, nn
 
 from tunesmith.errors import ModelError
 
+CACHE_NAMES = ("cache", "past_key_values")
+"""What transformers calls the KV cache, newest name first."""
+ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Layers whose cache can be padded on the left and thinned by rows; recurrent ones cannot."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
@@ -69,7 +74,8 @@ class Sampler:
     """Completes prompts with a causal `LanguageModel`; at most `max_cache_tokens` stand in the cache at once.
 
     Prompts of like length share a forward (left padded, where the family allows it), completions of one prompt
-    share its prefill, and finished rows leave the batch.
+    share its prefill, and finished rows leave the batch. `uses_cache` is False for families whose cache cannot be
+    used so (recurrent layers); there every step computes the whole text again.
     """
 
     def __init__(self, language_model: Any, tokenizer: Any, *, max_cache_tokens: int = 1 << 16) -> None:
@@ -78,9 +84,11 @@ class Sampler:
         self.max_cache_tokens = max_cache_tokens
         config = language_model.backbone.config.get_text_config()
         accepted = inspect.signature(language_model.backbone.forward).parameters
-        self._cached = "past_key_values" in accepted and "position_ids" in accepted
+        self._cache_name = next((n for n in CACHE_NAMES if n in accepted), None)
+        kinds = set(getattr(config, "layer_types", None) or ())
+        self.uses_cache: bool = self._cache_name is not None and "position_ids" in accepted and kinds <= ATTENTION_KINDS
         softcap = getattr(config, "attn_logit_softcapping", None)
-        self._pads = self._cached and softcap is None  # a soft-capped row that sees nothing would be NaN
+        self._pads = self.uses_cache and softcap is None  # a soft-capped row that sees nothing would be NaN
         self._keep = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self._pad_id: int = config.pad_token_id or 0
@@ -181,7 +189,7 @@ class Sampler:
         model = self.model
         low = model.compute != torch.float32
         with torch.autocast(ids.device.type, model.compute, enabled=low):
-            if not self._cached:
+            if not self.uses_cache:
                 return model.backbone(input_ids=ids, use_cache=False, **self._keep).logits[:, -1].float(), None
             positions = (mask.cumsum(1) - 1).clamp_min(0)
             if cache is not None:
@@ -190,11 +198,11 @@ class Sampler:
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
+                **{str(self._cache_name): cache},
                 **self._keep,
             )
-        return out.logits[:, -1].float(), out.past_key_values
+        return out.logits[:, -1].float(), out[str(self._cache_name)]
 
 
 def stream_seed(seed: int, index: int, number: int) -> int:
