@@ -123,8 +123,8 @@ def bytes_of_tokens(tokenizer: Any, vocabulary: int | None = None) -> Array:
     """UTF-8 bytes that each token stands for, `[V]`; special tokens stand for none.
 
     Byte-level vocabularies spell one character a byte; others spell text, with ▁ for a space, <0x0A> for a byte
-    and ## for a word piece that goes on. There, a character the vocabulary lacks counts no bytes, and the space that some
-    tokenizers put before a text counts one.
+    and ## for a word piece that goes on. There, a character the vocabulary lacks counts no bytes, and the space that
+    some tokenizers put before a text counts one.
     """
     names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     special = set(tokenizer.all_special_ids)
