@@ -108,7 +108,7 @@ def _chat(row: Row, columns: Mapping[str, str]) -> Chat:
     messages = messages_of(_value(row, columns["messages"]), columns["messages"])
     check_turns(messages)
     _check_trained(messages)
-    return Chat(messages, _tools(row, columns), row.origin)
+    return Chat(messages, _tools(row, columns), origin=row.origin)
 
 
 def _tools(row: Row, columns: Mapping[str, str]) -> tuple[Mapping[str, object], ...] | None:
@@ -369,7 +369,8 @@ def _templated(row: Row, columns: Mapping[str, str], stage: str, template: Templ
             values[role] = value if isinstance(value, int | float | list) else text_at(row, columns.get(role, role))
         elif isinstance(value, str):
             check_text(value, role)
-    if all(isinstance(values[role], str) and not values[role].strip() for role in template.columns):
+    pasted = [values[role] for role in template.columns]
+    if all(isinstance(value, str) and not value.strip() for value in pasted):
         raise RowError(f"{', '.join(template.columns)}: nothing but empty text", "write the text or leave the row out")
     try:
         prompt, completion = template.render(values)

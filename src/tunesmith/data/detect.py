@@ -14,18 +14,16 @@ from tunesmith.errors import DataError
 Finding = Mapping[str, str] | None
 
 PROMPTS = tuple(
-    "prompt question instruction query request problem user human input source q ask frage anfrage aufgabe pregunta "
-    "domanda pergunta vraag fraga".split()
+    ["prompt", "question", "instruction", "query", "request", "problem", "user", "human", "input", "source", "q", "ask", "frage", "anfrage", "aufgabe", "pregunta", "domanda", "pergunta", "vraag", "fraga"]
 )
 ANSWERS = tuple(
-    "completion answer response output reply solution assistant target summary translation a antwort respuesta "
-    "risposta resposta antwoord svar reponse réponse".split()
+    ["completion", "answer", "response", "output", "reply", "solution", "assistant", "target", "summary", "translation", "a", "antwort", "respuesta", "risposta", "resposta", "antwoord", "svar", "reponse", "réponse"]
 )
-TEXTS = tuple("text content document sentence review body comment message article passage tweet post abstract".split())
-LABELS = tuple("label labels class category sentiment stars rating score intent topic tag target klasse kategorie".split())
+TEXTS = tuple(["text", "content", "document", "sentence", "review", "body", "comment", "message", "article", "passage", "tweet", "post", "abstract"])
+LABELS = tuple(["label", "labels", "class", "category", "sentiment", "stars", "rating", "score", "intent", "topic", "tag", "target", "klasse", "kategorie"])
 SYSTEMS = ("system", "system_prompt")
 CONTEXTS = ("context", "passage", "document", "article", "background")
-IGNORED = tuple("id idx index uid uuid guid url link source_url date timestamp created_at name split".split())
+IGNORED = tuple(["id", "idx", "index", "uid", "uuid", "guid", "url", "link", "source_url", "date", "timestamp", "created_at", "name", "split"])
 KNOWN_PAIRS = (
     ("prompt", "completion"),
     ("prompt", "response"),

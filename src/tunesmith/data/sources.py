@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tunesmith.data.files import DataFile
 from tunesmith.data.readers import KINDS
@@ -17,7 +18,7 @@ from tunesmith.errors import DataError, several
 
 Spec = str | Path | Sequence["str | Path"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.+%\[\]:-]+)?")
-_CODE = (".py", ".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".npz", ".arrow", ".xlsx", ".xls", ".zip", ".tar", ".xml")
+_FOREIGN = tuple([".py", ".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".npz", ".arrow", ".xlsx", ".xls", ".zip", ".tar", ".xml"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ def _paths(part: str | Path, notes: list[str]) -> list[Path] | None:
 
 def _looks_like_file(path: Path) -> bool:
     name = path.name.lower().removesuffix(".gz")
-    return name.endswith((*KINDS, *_CODE)) or path.is_absolute() or path.parts[0] in (".", "..") or len(path.parts) > 2
+    return name.endswith((*KINDS, *_FOREIGN)) or path.is_absolute() or path.parts[0] in (".", "..") or len(path.parts) > 2
 
 
 def _missing(text: str, path: Path) -> str:
@@ -111,7 +112,8 @@ def _folder(folder: Path, split: str | None, notes: list[str]) -> list[Path]:
     left = [path.name for path in every if path not in chosen] if split is None else []
     if not chosen:
         wanted = f" with {split!r} in the name" if split is not None else ""
-        raise DataError(f"{folder}: no data files in this folder{wanted}; known are {', '.join(KINDS)}, each also with .gz")
+        kinds = f"{', '.join(KINDS)}, each also with .gz"
+        raise DataError(f"{folder}: no data files in this folder{wanted}; known are {kinds}")
     if left:
         notes.append(f"{folder}: passed over {', '.join(left[:5])}{' and others' if len(left) > 5 else ''}")
     if outside:
@@ -150,18 +152,19 @@ class HubRows:
             yield json.dumps(dict(row.values), sort_keys=True, default=str).encode()
 
 
-def _load(repo: str, split: str | None, name: str):  # noqa: ANN202 - the datasets library is imported late
+def _load(repo: str, split: str | None, name: str) -> Any:
     import datasets
 
     config = datasets.DownloadConfig(max_retries=1)
     try:
-        loaded = datasets.load_dataset(repo, split=split, download_config=config)
-    except Exception as error:  # noqa: BLE001 - whatever the hub client raises, the user gets one message
+        loaded: Any = datasets.load_dataset(repo, split=split, download_config=config)
+    except Exception as error:  # the hub client raises many kinds
         raise _unreachable(name, error) from None
     if isinstance(loaded, Mapping):
         if len(loaded) == 1:
             return next(iter(loaded.values()))
-        raise DataError(f"{name}: which split? There are {', '.join(loaded)}; write for example {repo}:{next(iter(loaded))}")
+        names = ", ".join(map(str, loaded))
+        raise DataError(f"{name}: which split? There are {names}; write for example {repo}:{next(iter(loaded))}")
     return loaded
 
 

@@ -61,11 +61,11 @@ def resolve(base: str | Path, *, trust: str | None = None) -> Path:
     if text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
         raise ModelError(f"{text} does not exist.{_near(folder)} Name a folder with a model, or a hub id (owner/name)")
     name, _, revision = text.partition("@")
-    if trust is not None and trust == text and not revision:
+    if is_trusted(text, trust) and not revision:
         raise ModelError(
-            f"trust: {text} must name a revision (owner/name@commit), so that the code cannot change later"
+            f"trust_remote_code: {text} must name a revision (owner/name@commit), so that the code cannot change later"
         )
-    return _download(name, revision or None, with_code=trust == text)
+    return _download(name, revision or None, with_code=is_trusted(text, trust))
 
 
 def _near(folder: Path) -> str:
@@ -109,17 +109,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def is_trusted(base: str | Path, trust: str | None) -> bool:
+    """True when `trust` names exactly this base: the same text, or the same folder."""
+    if trust is None:
+        return False
+    return trust == str(base) or (Path(base).is_dir() and Path(trust).resolve() == Path(base).resolve())
+
+
 def check_code(folder: Path, base: str | Path, trust: str | None, known_type: bool) -> bool:
     """True when code from the folder may run: only if the recipe names exactly this base, and it is needed."""
     config = read_json(folder / "config.json")
     wants = bool(config.get("auto_map")) and not known_type
     if not wants:
         return False
-    if trust is not None and trust == str(base):
+    if is_trusted(base, trust):
         return True
     raise ModelError(
         f"{base} (model type {config.get('model_type')!r}) needs Python code from its own folder; nothing of it ran. "
-        f"Read that code, and if you trust it write `trust: {base}` in the recipe"
+        f"Read that code, and if you trust it write `trust_remote_code: {base}` in the recipe"
     )
 
 

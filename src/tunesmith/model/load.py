@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from tunesmith.errors import ModelError
-from tunesmith.model.folder import check_code, check_weights, explained, quiet, read_json, resolve
+from tunesmith.model.folder import check_code, check_weights, explained, is_trusted, quiet, read_json, resolve
 from tunesmith.model.hashing import weights_hash
 
 Kind = Literal["causal", "masked", "classifier"]
@@ -62,7 +62,7 @@ def load_tokenizer(base: str | Path, *, trust: str | None = None) -> Any:
         raise ModelError(f"{base} has no tokenizer (looked for {', '.join(known)}): copy the original's files there")
     trusted = False
     if (folder / "tokenizer_config.json").is_file() and read_json(folder / "tokenizer_config.json").get("auto_map"):
-        trusted = trust is not None and trust == str(base)
+        trusted = is_trusted(base, trust)
     with quiet(), explained(base, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
     _ensure_pad(tokenizer)
@@ -105,7 +105,7 @@ def load_backbone(
             dtype="auto" if dtype is None else dtype,
             use_safetensors=True,
             local_files_only=True,
-            trust_remote_code=bool(getattr(config, "auto_map", None)) and trust == str(base),
+            trust_remote_code=bool(getattr(config, "auto_map", None)) and is_trusted(base, trust),
             ignore_mismatched_sizes=kind == "classifier",
             output_loading_info=True,
         )

@@ -1,1 +1,1 @@
-"""Losses as pure mathematics."""
+"""Losses as pure mathematics: no module, no data, no averaging."""

@@ -1,0 +1,170 @@
+"""SampleStore: encoded samples on disk, mapped into memory, made once for the same content and settings."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.batch import Sample
+from tunesmith.data.encode import Encoder
+from tunesmith.data.kinds import Record
+from tunesmith.errors import DataError
+
+VERSION = 1
+_FILES = {"ids": np.int32, "weights": np.float32, "offsets": np.int64, "labels": np.float32, "origin_offsets": np.int64}
+
+
+class Records(Protocol):
+    """Records that can be read again, and the hash of what they are."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def __iter__(self) -> Iterator[Record]: ...
+
+
+@dataclass(slots=True)
+class SampleStore:
+    """Samples by index. `lengths [n]` are tokens, `tally` what encoding cut or dropped."""
+
+    folder: Path
+    fingerprint: str
+    tally: Mapping[str, int]
+    num_tokens: int
+    num_targets: float
+    label_width: int
+    lengths: NDArray[np.int64]
+    _arrays: dict[str, Any] = field(repr=False)
+    _origins: Any = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Sample:
+        offsets = self._arrays["offsets"]
+        part = slice(int(offsets[index]), int(offsets[index + 1]))
+        return Sample(
+            np.array(self._arrays["ids"][part]), np.array(self._arrays["weights"][part]),
+            label=self._label(index), origin=self.origin(index),
+        )  # fmt: skip
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
+
+    def origin(self, index: int) -> str:
+        """Where the sample's record stands, as `file:line`."""
+        offsets = self._arrays["origin_offsets"]
+        return bytes(self._origins[int(offsets[index]) : int(offsets[index + 1])]).decode()
+
+    def _label(self, index: int) -> int | tuple[float, ...] | None:
+        if self.label_width == 0:
+            return None
+        row = self._arrays["labels"][index * self.label_width : (index + 1) * self.label_width]
+        return int(row[0]) if self.label_width == 1 else tuple(float(value) for value in row)
+
+
+def build_store(records: Records, encoder: Encoder, cache_dir: Path) -> SampleStore:
+    """The samples of `records`, from the cache when content and settings are the same, else encoded now.
+
+    Raises `DataError` when rows are too long under the policy `error`, naming the lengths that keep 100, 99 and 95 %
+    whole, and for everything that reading and encoding refuse.
+    """
+    key = sha256(f"{VERSION}/{records.fingerprint}/{encoder.key}".encode()).hexdigest()[:32]
+    folder = Path(cache_dir) / "samples" / key
+    found = _open(folder, key)
+    if found is None:
+        _write(records, encoder, folder, key)
+        found = _open(folder, key)
+    if found is None:
+        raise DataError(f"the cache {folder} cannot be read back; is its disk sound? TUNESMITH_CACHE names another")
+    return found
+
+
+def _write(records: Iterable[Record], encoder: Encoder, folder: Path, key: str) -> None:
+    temporary = folder.with_name(f".tmp-{os.getpid()}-{key}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        meta = _write_samples(records, encoder, temporary)
+        (temporary / "meta.json").write_text(json.dumps({**meta, "fingerprint": key}), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(temporary, folder)
+    except OSError as error:
+        if not folder.is_dir():
+            raise DataError(f"cannot keep encoded samples in {folder.parent}: {error.strerror}; make room, or name "
+                            "another folder with TUNESMITH_CACHE") from None  # fmt: skip
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_samples(records: Iterable[Record], encoder: Encoder, folder: Path) -> dict[str, Any]:
+    encoder.tally.clear()
+    lengths: list[int] = []
+    origins: list[int] = [0]
+    width, targets = 0, 0.0
+    with (
+        (folder / "ids").open("wb") as ids, (folder / "weights").open("wb") as weights,
+        (folder / "labels").open("wb") as labels, (folder / "origins").open("wb") as names,
+    ):  # fmt: skip
+        for sample in itertools.chain.from_iterable(map(encoder, records)):
+            ids.write(sample.ids.tobytes())
+            weights.write(sample.weights.tobytes())
+            targets += float(sample.weights.sum())
+            if sample.label is not None:
+                row = np.asarray(sample.label, np.float32).reshape(-1)
+                width = len(row)
+                labels.write(row.tobytes())
+            lengths.append(len(sample))
+            origins.append(origins[-1] + names.write(sample.origin.encode()))
+    _refuse_too_long(lengths, encoder)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    (folder / "offsets").write_bytes(offsets.tobytes())
+    (folder / "origin_offsets").write_bytes(np.asarray(origins, np.int64).tobytes())
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    return {
+        "version": VERSION, "tally": dict(encoder.tally), "num_targets": targets, "label_width": width, "sizes": sizes
+    }  # fmt: skip
+
+
+def _refuse_too_long(lengths: list[int], encoder: Encoder) -> None:
+    if encoder.on_too_long != "error" or not encoder.tally["too_long"]:
+        return
+    ordered = np.sort(lengths)
+    keep = {share: int(ordered[max(0, int(np.ceil(share / 100 * len(ordered))) - 1)]) for share in (100, 99, 95)}
+    named = ", ".join(f"{length} keeps {share} % of the rows whole" for share, length in keep.items())
+    raise DataError(
+        f"{encoder.tally['too_long']:,} of {len(lengths):,} rows have more than {encoder.max_length} tokens. "
+        f"data.max_length {named}; or choose data.on_too_long: truncate_left, truncate_right, split or drop"
+    )
+
+
+def _open(folder: Path, key: str) -> SampleStore | None:
+    """The store, or None when it is not there or not whole."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        sizes = {name: (folder / name).stat().st_size for name in meta["sizes"]}
+    except (OSError, ValueError, KeyError):
+        return None
+    if meta["fingerprint"] != key or sizes != meta["sizes"]:
+        return None
+    arrays = {name: _map(folder / name, np.dtype(kind)) for name, kind in _FILES.items()}
+    lengths = np.diff(arrays["offsets"])
+    return SampleStore(
+        folder, key, meta["tally"], int(lengths.sum()), meta["num_targets"], meta["label_width"], lengths, arrays,
+        _map(folder / "origins", np.dtype(np.uint8)),
+    )  # fmt: skip
+
+
+def _map(path: Path, kind: np.dtype[Any]) -> NDArray[Any]:
+    """A file as a read-only array; an empty file cannot be mapped."""
+    return np.memmap(path, dtype=kind, mode="r") if path.stat().st_size else np.zeros(0, kind)
