@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -163,7 +164,7 @@ BROKEN = {
     "unknown type": (lambda p: _config(p, model_type="nothing"), "'nothing' in config.json is not known"),
     "remote code": (
         lambda p: _config(p, model_type="own", auto_map={"AutoConfig": "evil.Config"}),
-        "nothing of it ran.*trust:",
+        "nothing of it ran.*trust_remote_code:",
     ),
     "lost tensor": (lambda p: _without(p, "model.layers.1.mlp.up_proj.weight"), r"lack model\.layers\.1\.mlp"),
     "lost head": (lambda p: _without(p, "lm_head.weight"), r"lack lm_head\.weight"),
@@ -186,14 +187,17 @@ def test_a_broken_folder_is_one_clear_message(name, mine):
         load_backbone(mine, "causal")
 
 
-def test_code_runs_only_when_this_base_is_named(mine):
+def test_code_runs_only_when_this_base_is_named(mine, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", list(sys.path))
     _config(mine, model_type="own", auto_map={"AutoConfig": "code.OwnConfig"})
     (mine / "code.py").write_text("raise ImportError('ran')")
     for trust in (None, "other/base", "true"):
         with pytest.raises(ModelError, match="nothing of it ran"):
             load_config(mine, trust=trust)
-    with pytest.raises(ModelError, match="ran"):
-        load_config(mine, trust=str(mine))
+    for named in (str(mine), f"{mine}/../{mine.name}"):
+        with pytest.raises(ModelError, match="configuration: ran"):
+            load_config(mine, trust=named)
 
 
 def test_native_types_ignore_code_beside_them(mine):
