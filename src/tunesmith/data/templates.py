@@ -70,15 +70,13 @@ class Template:
         """Every placeholder, each once, in order."""
         return tuple(dict.fromkeys(placeholders(self.prompt) + placeholders(self.completion)))
 
-    def render(self, row: Mapping[str, object]) -> tuple[str, str]:
-        """(prompt, completion) of a row; DataError naming the known columns where a placeholder has no column."""
-        self._check(self.columns, row)
-        return _fill(self.prompt, row), _fill(self.completion, row)
+    def render(self, row: Mapping[str, object], *, completion: bool = True) -> tuple[str, str]:
+        """(prompt, completion) of a row; DataError naming the known columns where a placeholder has no column.
 
-    def render_prompt(self, row: Mapping[str, object]) -> str:
-        """The prompt alone, as at inference: the row needs no answer."""
-        self._check(tuple(placeholders(self.prompt)), row)
-        return _fill(self.prompt, row)
+        With `completion=False`, as at inference, the row needs no answer and the completion is empty.
+        """
+        self._check(self.columns if completion else tuple(placeholders(self.prompt)), row)
+        return _fill(self.prompt, row), _fill(self.completion, row) if completion else ""
 
     def as_dict(self) -> dict[str, str]:
         """What is saved with the model; `get_template` reads it back."""
