@@ -208,3 +208,16 @@ def test_text_in_a_card_is_not_markup(tmp_path: Path):
     (run / "result.json").write_text(json.dumps(data))
     first = write_card(run).read_text(encoding="utf-8").splitlines()[0]
     assert first == r"# a \| b \<img src=x\> \[x\](http://y) \# no heading"
+
+
+def test_the_data_is_named_and_hashed_and_no_folder_of_this_machine_is(tmp_path: Path):
+    run = write_run(tmp_path / "run")
+    data = {key: value for key, value in result(0.2, 0.4).items() if key != "data"}
+    (run / "result.json").write_text(json.dumps(data))
+    inputs = {"data": {"train": {"samples": 9, "hash": "sha256:123"}}, "labels": ["no", "yes"]}
+    (run / "inputs.json").write_text(json.dumps(inputs | {"recipe_folder": "/home/somebody/private"}))
+    for path in (write_report(run), write_card(run)):
+        text = path.read_text(encoding="utf-8")
+        for part in ("reviews.jsonl", "sha256:123", "no, yes"):
+            assert part in text, (path.name, part)
+        assert "somebody" not in text

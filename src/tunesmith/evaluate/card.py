@@ -10,7 +10,7 @@ from typing import Any
 from tunesmith.evaluate.compare import NO_CHANGE, number
 from tunesmith.evaluate.report import amount_of, summary
 from tunesmith.evaluate.report_html import amount, clean, duration, is_number, size
-from tunesmith.evaluate.run_files import RunFiles, dig, estimates, flat, read_run
+from tunesmith.evaluate.run_files import RunFiles, data_facts, dig, estimates, flat, read_run
 from tunesmith.rundir import LAYOUT, write_whole
 
 UNSTATED = "not stated"
@@ -39,7 +39,7 @@ def render_card(run: RunFiles) -> str:
         _use(run),
         "## Results\n\n" + _results(run),
         "## Evaluations during training\n\n" + _epochs(run),
-        "## Data\n\n" + _listing(flat(run.result.get("data")) or flat(run.inputs) or _named_data(run)),
+        "## Data\n\n" + _listing(data_facts(run) or {"data": UNSTATED}),
         "## Training\n\n" + _training(run),
         "## Settings\n\n" + _listing(flat(run.recipe)),
         "## Versions\n\n" + _listing(flat(run.environment)),
@@ -131,12 +131,6 @@ def _training(run: RunFiles) -> str:
         ("tokens a second", "tokens_per_second", lambda v: f"{v:,.0f}"),
     )
     return _listing({label: as_text(run.result[k]) for label, k, as_text in shown if is_number(run.result.get(k))})
-
-
-def _named_data(run: RunFiles) -> dict[str, str]:
-    keys = ("train", "eval", "test")
-    named = {f"data.{k}": run.text(f"data.{k}", otherwise="") for k in keys}
-    return {k: v for k, v in named.items() if v} or {"data": UNSTATED}
 
 
 def _listing(values: Mapping[str, Any]) -> str:

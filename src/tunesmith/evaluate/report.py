@@ -27,6 +27,7 @@ from tunesmith.evaluate.run_files import (
     RunFiles,
     as_number,
     best_evaluation,
+    data_facts,
     dig,
     estimate,
     estimates,
@@ -284,7 +285,7 @@ def _cost(run: RunFiles) -> Markup:
 
 def _data(run: RunFiles) -> Markup:
     """Counts and hashes of what was read, with everything that was cut, split or dropped."""
-    found = flat(run.result.get("data")) or flat(run.inputs)
+    found = data_facts(run)
     return section("Data", table(("what", "value"), [(k, _plain(v)) for k, v in found.items()]) if found else "")
 
 

@@ -56,6 +56,14 @@ class RunFiles:
         return differences(dig(self.result, part) if part else self.result)
 
 
+def data_facts(run: RunFiles) -> dict[str, Any]:
+    """What is known of the data: where each set came from, its counts and its hash. No folder of this machine."""
+    named = {f"{k}.source": v for k, v in flat(dig(run.recipe, "data")).items() if k in ("train", "eval", "test")}
+    counted = flat(run.result.get("data")) or flat(run.inputs.get("data"))
+    labels = {k: v for k, v in flat(run.inputs).items() if k in ("labels", "template")}
+    return dict(sorted({**named, **counted}.items())) | labels
+
+
 def read_run(run_dir: Path) -> RunFiles:
     """Read every file of the run. `RunError` when there is neither a recipe nor a result."""
     folder = Path(run_dir)
