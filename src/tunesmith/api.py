@@ -1,8 +1,8 @@
 """One function per verb: what the command line does, from Python, typed.
 
-    import tunesmith
-    result = tunesmith.train({"stage": "sft", "base": "my-model", "data": {"train": "rows.jsonl", "split": {"eval": 0.1}}})
-    print(result["before"]["loss"], result["after"]["loss"])
+import tunesmith
+result = tunesmith.train({"stage": "sft", "base": "my-model", "data": {"train": "rows.jsonl", "split": {"eval": 0.1}}})
+print(result["before"]["loss"], result["after"]["loss"])
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ def train(
         folder.unlock()
 
 
-def resume(
-    run: str | Path, *, say: Say = _silent, show: Callable[[StepReport], None] = _silent
-) -> dict[str, Any]:
+def resume(run: str | Path, *, say: Say = _silent, show: Callable[[StepReport], None] = _silent) -> dict[str, Any]:
     """Go on with an interrupted run from its newest sound checkpoint; a finished one gives its result again."""
     folder = open_run(run)
     if folder.finished:
@@ -75,7 +73,7 @@ def resume(
 def evaluate(
     run_or_model: str | Path, data: str | Path, *, stage: str | None = None, say: Say = _silent
 ) -> dict[str, Any]:
-    """Measure a run's tuned model, or any model folder or hub id, on `data`; `{metric: {value, low, high, n}}` and more."""
+    """Measure a run's tuned model, or any model folder or hub id, on `data`; `{metric: {value, low, high, n}}`."""
     from tunesmith.stages import using
 
     return using.evaluate(run_or_model, str(data), stage=stage, say=say)

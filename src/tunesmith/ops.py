@@ -67,7 +67,14 @@ def attend(
 
 
 def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], *, causal: bool, window: int | None, **options: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    *,
+    causal: bool,
+    window: int | None,
+    **options: Any,
 ) -> Tensor:
     """Attention inside each segment of one flat row, `[1, H, T, d]` -> `[1, H, T, d]`: no mask, no leak.
 
@@ -90,19 +97,27 @@ class _ChunkedLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: PLR0913
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, softcap: float | None
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        softcap: float | None,
     ) -> Tensor:
         head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         ahead = hidden.requires_grad and not head_trains
         logprobs = torch.empty(len(hidden), dtype=_precise(hidden.dtype), device=hidden.device)
         gradient = torch.empty_like(hidden) if ahead else None
+        ctx.compute = _matmul_dtype(weight)
+        head, shift = _cast(ctx.compute, weight, bias)
         for part in _chunks(len(hidden), weight.shape[0]):
-            logits, slope = _logits(hidden[part], weight, bias, scale, softcap)
+            logits, slope = _logits(hidden[part], head, shift, scale, softcap)
             target = targets[part, None]
             logprobs[part] = logits.gather(1, target)[:, 0] - logits.logsumexp(1)
             if gradient is not None:
-                gradient[part] = _to_hidden(_dlogits(logits, target, slope, scale), weight).to(hidden.dtype)
+                gradient[part] = _to_hidden(_dlogits(logits, target, slope, scale), head).to(hidden.dtype)
         ctx.ahead, ctx.scale, ctx.softcap = ahead, scale, softcap
         ctx.save_for_backward(*((gradient,) if ahead else (hidden, weight, bias, targets)))
         return logprobs
@@ -118,17 +133,20 @@ class _ChunkedLogprobs(torch.autograd.Function):
         precise = _precise(hidden.dtype)
         to_weight = torch.zeros_like(weight, dtype=precise)
         to_bias = None if bias is None else torch.zeros_like(bias, dtype=precise)
+        head, shift = _cast(ctx.compute, weight, bias)
         for part in _chunks(len(hidden), weight.shape[0]):
-            logits, slope = _logits(hidden[part], weight, bias, ctx.scale, ctx.softcap)
-            dlogits = _dlogits(logits, targets[part, None], slope, ctx.scale) * outer[part, None]
-            to_hidden[part] = _to_hidden(dlogits, weight).to(hidden.dtype)
-            to_weight.addmm_(dlogits.t(), hidden[part].to(precise))
+            logits, slope = _logits(hidden[part], head, shift, ctx.scale, ctx.softcap)
+            dlogits = _dlogits(logits, targets[part, None], slope, ctx.scale).mul_(outer[part, None])
             if to_bias is not None:
                 to_bias += dlogits.sum(0)
+            dlogits = dlogits.to(ctx.compute)
+            to_hidden[part] = (dlogits @ head).to(hidden.dtype)
+            to_weight += dlogits.t() @ hidden[part].to(ctx.compute)
+        needs = ctx.needs_input_grad
         return (
             to_hidden,
-            to_weight.to(weight.dtype) if weight.requires_grad else None,
-            to_bias.to(bias.dtype) if to_bias is not None and bias.requires_grad else None,
+            to_weight.to(weight.dtype) if needs[1] else None,
+            to_bias.to(bias.dtype) if to_bias is not None and bias is not None and needs[2] else None,
             None,
             None,
             None,
@@ -138,6 +156,16 @@ class _ChunkedLogprobs(torch.autograd.Function):
 def _chunks(num_rows: int, vocabulary: int) -> list[slice]:
     rows = max(1, CHUNK_LOGITS // vocabulary)
     return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
+
+
+def _matmul_dtype(weight: Tensor) -> torch.dtype:
+    """The type matrix products run in here: autocast's where it is on. A backward has no autocast, so it is kept."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def _cast(dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:
@@ -171,7 +199,13 @@ def _to_hidden(dlogits: Tensor, weight: Tensor) -> Tensor:
 
 
 def chunked_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, scale: float = 1.0, softcap: float | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """log p(targets) under the head, `hidden [N, D]`, `weight [V, D]`, `targets [N]` -> `[N]` fp32, nats.
 

@@ -180,7 +180,9 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     recipe = _validate(raw, lines, name)
     problems, warnings = check_together(raw, recipe.model_dump())
     if problems:
-        raise several([_at(name, lines, key, text) for key, text in problems], RecipeError, headline=f"{name} cannot be run:")
+        raise several(
+            [_at(name, lines, key, text) for key, text in problems], RecipeError, headline=f"{name} cannot be run:"
+        )
     return _fill(raw, recipe, origins, warnings, folder)
 
 
@@ -295,7 +297,9 @@ def _validate(raw: Mapping[str, Any], lines: Lines, name: str) -> Recipe:
 
 
 def _explain(item: Any, lines: Lines, name: str) -> str:
-    location = [str(part) for part in item["loc"] if not (isinstance(part, str) and part.startswith(("list[", "literal[")))]
+    location = [
+        str(part) for part in item["loc"] if not (isinstance(part, str) and part.startswith(("list[", "literal[")))
+    ]
     key, kind = ".".join(location), item["type"]
     if kind == "extra_forbidden":
         return _at(name, lines, key, f"there is no key `{key}`{_suggest(key)}")

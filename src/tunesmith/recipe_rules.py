@@ -104,7 +104,9 @@ def _contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     if train["epochs"] is not None and train["steps"] is not None:
         problems.append(("train.steps", "`train.epochs` and `train.steps` both say how long to train; keep one"))
     if train["batch_examples"] is not None and train["batch_tokens"] is not None:
-        problems.append(("train.batch_tokens", "`train.batch_examples` and `train.batch_tokens` both size a step; keep one"))
+        problems.append(
+            ("train.batch_tokens", "`train.batch_examples` and `train.batch_tokens` both size a step; keep one")
+        )
     if data["on_too_long"] == "split" and stage not in ("pretrain", "mlm"):
         problems.append(("data.on_too_long", f"`split` would cut an answer in two; stage {stage} takes error, "
                          "truncate_left, truncate_right or drop"))  # fmt: skip
@@ -115,9 +117,13 @@ def _contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
                          "take last_layers for a language model"))  # fmt: skip
     select = train["select_by"]
     if select is not None and select not in METRICS[stage]:
-        problems.append(("train.select_by", f"`{select}` is not measured in stage {stage}; take {', '.join(METRICS[stage])}"))
+        problems.append(
+            ("train.select_by", f"`{select}` is not measured in stage {stage}; take {', '.join(METRICS[stage])}")
+        )
     if (select is not None or train["early_stopping"]) and not _has_eval(data):
-        problems.append(("train.select_by", "choosing a checkpoint needs held-out rows: add `data.eval` or `data.split`"))
+        problems.append(
+            ("train.select_by", "choosing a checkpoint needs held-out rows: add `data.eval` or `data.split`")
+        )
     if train["warmup"] > 1 and train["warmup"] != int(train["warmup"]):
         problems.append(("train.warmup", "`train.warmup` is a share below 1 or a whole number of steps"))
     return problems
@@ -127,7 +133,9 @@ def _warnings(values: Mapping[str, Any]) -> list[str]:
     rate, method = values["train"]["learning_rate"], values["tune"]["method"]
     found = []
     if rate is not None and method == "full" and rate >= 1e-4:
-        found.append(f"train.learning_rate {rate:g} is an adapter's rate; a full run usually wants {DEFAULTS['full']:g}")
+        found.append(
+            f"train.learning_rate {rate:g} is an adapter's rate; a full run usually wants {DEFAULTS['full']:g}"
+        )
     if rate is not None and method == "lora" and rate < 2e-5:
         found.append(f"train.learning_rate {rate:g} is a full run's rate; LoRA usually wants {DEFAULTS['lora']:g}")
     if not _has_eval(values["data"]):

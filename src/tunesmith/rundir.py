@@ -65,7 +65,9 @@ class RunDir:
         try:
             return json.loads(self.file(name).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise RunError(f"{self.path} has no {LAYOUT[name]}; is it a run folder, and did the run get that far?") from None
+            raise RunError(
+                f"{self.path} has no {LAYOUT[name]}; is it a run folder, and did the run get that far?"
+            ) from None
         except (OSError, ValueError) as error:
             raise RunError(f"{self.file(name)} is damaged: {error}") from None
 
@@ -78,7 +80,9 @@ class RunDir:
             owner = os.read(self._lock, 500).decode(errors="replace").strip() or "another process"
             os.close(self._lock)
             self._lock = -1
-            raise RunError(f"{self.path} is being written by {owner}; wait for it, or give this run another name") from None
+            raise RunError(
+                f"{self.path} is being written by {owner}; wait for it, or give this run another name"
+            ) from None
         os.ftruncate(self._lock, 0)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()} since {started}\n".encode(), 0)
@@ -116,14 +120,18 @@ def create_run(name: str | None, *, stage: str, root: Path | str = "runs") -> Ru
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file; name a folder for the run")
     if (path / LAYOUT["recipe"]).exists():
-        raise RunError(f"{path} already holds a run; go on with `tunesmith train --resume {path}`, or take another name")
+        raise RunError(
+            f"{path} already holds a run; go on with `tunesmith train --resume {path}`, or take another name"
+        )
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".writable"
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise RunError(f"cannot write to {path}: {error.strerror}; choose a folder you may write to with --run") from None
+        raise RunError(
+            f"cannot write to {path}: {error.strerror}; choose a folder you may write to with --run"
+        ) from None
     return RunDir(path)
 
 

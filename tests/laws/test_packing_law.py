@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from tests.tiny import CAUSAL, ENCODERS, tiny_causal, tiny_classifier, tiny_masked
+
 from tunesmith.batch import Sample
 from tunesmith.data.batches import collate
 from tunesmith.model.language import LanguageModel
@@ -65,9 +65,7 @@ def test_control_a_leak_between_segments_is_seen(family):
     causal = family in CAUSAL
     model = LanguageModel(tiny_causal(family) if causal else tiny_masked(family), causal=causal)
     samples = make_samples()
-    joined = Sample(
-        np.concatenate([s.ids for s in samples]), np.concatenate([s.weights for s in samples])
-    )
+    joined = Sample(np.concatenate([s.ids for s in samples]), np.concatenate([s.weights for s in samples]))
     right, leaking = model(collate(samples)), model(collate([joined]))
     difference = (right.logprobs - leaking.logprobs)[collate(samples).weights > 0]
     assert difference.abs().max() > 1e-2
@@ -77,9 +75,13 @@ def test_the_verification_at_load_refuses_a_leaking_pack(monkeypatch):
     """When a family ignores the segments, the model falls back to its own padded forward, and says so."""
     from tunesmith.model import attention
 
-    monkeypatch.setattr(attention, "packed_attention", lambda q, k, v, lengths, **o: attention.attend(
-        q, k, v, causal=o["causal"], dropout=o["dropout"], scaling=o["scaling"], softcap=o["softcap"]
-    ))
+    monkeypatch.setattr(
+        attention,
+        "packed_attention",
+        lambda q, k, v, lengths, **o: attention.attend(
+            q, k, v, causal=o["causal"], dropout=o["dropout"], scaling=o["scaling"], softcap=o["softcap"]
+        ),
+    )
     model = LanguageModel(tiny_causal("llama"))
     assert model.layout is Layout.PADDED and "differ" in model.why
 

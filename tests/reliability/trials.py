@@ -83,9 +83,7 @@ class Cursor:
         self.position = state["position"]
 
 
-def train(
-    folder: Path, *, num_steps: int = 24, save_every: int = 3, keep: int = 2, pause: float = 0.002
-) -> None:
+def train(folder: Path, *, num_steps: int = 24, save_every: int = 3, keep: int = 2, pause: float = 0.002) -> None:
     """Start the run in `folder`, or go on with it."""
     generator = torch.random.get_rng_state()
     torch.manual_seed(7)
@@ -95,9 +93,7 @@ def train(
     source = Cursor(num_steps, pause)
     state = TrainState(0, model, build_optimizer(model, optim), source, identity={"data": "tiny"})
     names = ("metrics", "evaluations", "timings")
-    files = fit.Files(
-        *(MetricsLog(folder / f"{name}.jsonl") for name in names), checkpoints=folder / "checkpoints"
-    )
+    files = fit.Files(*(MetricsLog(folder / f"{name}.jsonl") for name in names), checkpoints=folder / "checkpoints")
     spec = FitSpec(3, optim, save_every=save_every, keep=keep)
     stage = Stage("tiny", model, Classify(), source)
     resumed = fit.resume(state, files, say=print)
@@ -185,10 +181,7 @@ def kills(trials: int, seed: int = 0) -> dict[str, Any]:
         with scratch() as folder:
             pid = spawn(lambda folder=folder: train(folder))
             target = draw.randrange(0, 24)
-            while (
-                lines(folder) < target
-                and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-            ):
+            while lines(folder) < target and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 time.sleep(0.0005)
             time.sleep(draw.uniform(0, 0.012))
             os.kill(pid, signal.SIGKILL)
@@ -362,9 +355,7 @@ def signals(trials: int, seed: int = 1) -> dict[str, Any]:
             slowest = max(slowest, time.perf_counter() - sent)
             last = max(checkpoint.saved_steps(folder / "checkpoints"), default=-1)
             problem = "" if code == kinds[number] else f"exit code {code}"
-            problem = problem or (
-                "" if last == lines(folder) else f"{lines(folder)} steps done, {last} saved"
-            )
+            problem = problem or ("" if last == lines(folder) else f"{lines(folder)} steps done, {last} saved")
             if problem := problem or comes_back(folder, wanted):
                 bad.append(f"{number.name} at {target}: {problem}")
     return {"trials": done, "bad": bad, "slowest_seconds": round(slowest, 3)}
@@ -378,9 +369,7 @@ def order(saves: int, bug: str = "") -> dict[str, Any]:
         def job() -> None:
             _plant(bug)
             for step in range(1, saves + 1):
-                checkpoint.save_checkpoint(
-                    folder / "run", step, {"x": torch.full((100,), step)}, {"step": step}
-                )
+                checkpoint.save_checkpoint(folder / "run", step, {"x": torch.full((100,), step)}, {"step": step})
 
         _trace(job, ["-y", "-s", "0", "-o", str(log), "-e", "trace=write,fsync,rename"])
         return _unflushed(log.read_text(), str(folder / "run"))
@@ -430,11 +419,7 @@ def disk(sizes: int) -> dict[str, Any]:
             said = error.read_text()
             stopped += code != 0
             root = mount / "run" / "checkpoints"
-            broken = [
-                s
-                for s in checkpoint.saved_steps(root)
-                if checkpoint.verify_checkpoint(root / f"step_{s:06d}")
-            ]
+            broken = [s for s in checkpoint.saved_steps(root) if checkpoint.verify_checkpoint(root / f"step_{s:06d}")]
             if broken:
                 bad.append(f"{kilobytes} kB: broken checkpoints {broken}")
             if code not in (0, 74) or (code == 74 and "disk full" not in said):

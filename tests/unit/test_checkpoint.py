@@ -305,10 +305,9 @@ OPERATIONS = st.lists(
 @settings(max_examples=150, deadline=None)
 @given(OPERATIONS, st.integers(1, 3))
 def test_no_sequence_of_saves_failures_and_prunes_loses_the_last_good_one(tmp_path_factory, operations, keep):
-    root, step, best = tmp_path_factory.mktemp("run"), 0, 0
+    root, best = tmp_path_factory.mktemp("run"), 0
     sound: set[int] = set()
-    for operation, number in operations:
-        step += 1
+    for step, (operation, number) in enumerate(operations, start=1):
         if operation == "save":
             save_checkpoint(root, step, some(step, 3), {}, keep=keep, protect={best} - {0})
             sound.add(step)

@@ -17,9 +17,7 @@ def test_a_mean_is_sum_over_count_not_a_mean_of_means():
     metrics.add({"loss": (6.0, 3), "right": (torch.tensor(1), 2.0)})
     metrics.add({"loss": (torch.tensor(2.0), torch.tensor(1))})
     assert metrics.means() == {"loss": 2.0, "right": 0.5}
-    assert (
-        metrics.means()["loss"] != (6 / 3 + 2 / 1) / 3
-    )  # control: another way of adding gives another number
+    assert metrics.means()["loss"] != (6 / 3 + 2 / 1) / 3  # control: another way of adding gives another number
     metrics.add({"none": (0.0, 0)})
     assert "none" not in metrics.means() and metrics.totals()["none"] == (0.0, 0.0)
     metrics.clear()

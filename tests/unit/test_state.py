@@ -39,16 +39,12 @@ OPTIMIZERS = {
 def build(optimizer="adamw", *, identity=None, dtype=torch.float32):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = nn.Sequential(
-            nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.4), nn.Linear(8, 1), nn.Linear(1, 1)
-        )
+        model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.4), nn.Linear(8, 1), nn.Linear(1, 1))
     model = model.to(dtype)
     model[4].requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     identity = {"data": "aa", "base": "bb"} if identity is None else identity
-    return TrainState(
-        0, model, OPTIMIZERS[optimizer](trained), Stream(), Progress(), identity, torch.Generator()
-    )
+    return TrainState(0, model, OPTIMIZERS[optimizer](trained), Stream(), Progress(), identity, torch.Generator())
 
 
 def run(state, num_steps):
@@ -80,7 +76,7 @@ def cut_run(folder, optimizer="adamw", drop=None, dtype=torch.float32):
     second = build(optimizer, dtype=dtype)
     if drop == "source":
         second.source.restore = lambda state: None
-    left = {name: tensor for name, tensor in saved[0].items()}
+    left = dict(saved[0].items())
     fresh = second.capture(copy=True)[0]
     second.restore(left, saved[1])
     if drop == "random":

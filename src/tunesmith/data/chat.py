@@ -56,7 +56,7 @@ class Rendered:
 
 @lru_cache(maxsize=32)
 def check_template(template: str) -> None:
-    """Render the template once in a sandbox, in a child process with limits on time and memory; `DataError` if it fails.
+    """Render the template once in a sandbox, in a child process with limits on time and memory, or raise `DataError`.
 
     A template is a program that came with a model: the sandbox keeps it from reaching anything, and the limits from
     never ending.
@@ -64,7 +64,10 @@ def check_template(template: str) -> None:
     trial = _TRIAL.format(seconds=TEMPLATE_SECONDS, size=TEMPLATE_BYTES)
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-c", trial], input=template.encode(), capture_output=True, timeout=10 * TEMPLATE_SECONDS
+            [sys.executable, "-I", "-c", trial],
+            input=template.encode(),
+            capture_output=True,
+            timeout=10 * TEMPLATE_SECONDS,
         )
     except subprocess.TimeoutExpired:
         raise DataError("the chat template does not end; take another tokenizer, or mend chat_template") from None
@@ -119,7 +122,7 @@ def render(messages: Sequence[Message], tokenizer: Any, *, tools: Any = None, pl
 
 
 _NOT_A_PREFIX = (
-    "the chat template changes earlier turns when a later one is added (it drops thinking, perhaps), so what is trained "
+    "the chat template changes earlier turns when a later one is added (it drops thinking, perhaps), so what trains "
     "would not be what is asked; train on single-turn rows, or use a tokenizer with a template that only appends"
 )
 
@@ -136,9 +139,7 @@ def _header(messages: Sequence[Message], i: int, tokenizer: Any, tools: Any, who
 def _apply(messages: Sequence[Message], tokenizer: Any, tools: Any, *, generation: bool) -> str:
     turns = [_turn(message) for message in messages]
     try:
-        return str(
-            tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, add_generation_prompt=generation)
-        )
+        return str(tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, add_generation_prompt=generation))
     except Exception as error:  # a template raises what it likes
         raise DataError(f"the chat template refuses this conversation: {str(error)[:200]}") from None
 
@@ -157,7 +158,7 @@ def _plain(messages: Sequence[Message], tokenizer: Any) -> Rendered:
     """Prompt, completion, end token; turns are set apart by a line end unless white space stands there already."""
     ids: list[int] = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
     trained = [False] * len(ids)
-    for i, message in enumerate(messages):
+    for _i, message in enumerate(messages):
         if message.role == "assistant":
             answer = tokens_of(message.content, tokenizer)
             _add(ids, trained, [*answer, tokenizer.eos_token_id], message.trained is not False)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 
 import numpy as np
 
@@ -17,6 +19,7 @@ NGRAM_WORDS = 13
 MAX_EXAMPLES = 20
 SKEWED_SHARE = 0.9
 _BOILERPLATE_ROWS = 3
+_WORD = re.compile(r"\w+")
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -110,14 +113,16 @@ def check_records(
 def _size(side: _Side) -> Iterator[Finding]:
     total = len(side)
     if total < FEW_ROWS:
-        yield Finding("few_rows", "warning", f"only {total} training rows; below {FEW_ROWS} little is learned", total, total)
+        text = f"only {total} training rows; below {FEW_ROWS} little is learned"
+        yield Finding("few_rows", "warning", text, total, total)
     words = np.array(side.words)
     low, middle, high = (int(value) for value in np.quantile(words, [0.05, 0.5, 0.95]))
     text = f"{total:,} training rows of {low} to {high} words (5 to 95 %), half below {middle}, longest {words.max():,}"
     yield Finding("lengths", "note", text, total, total)
     tiny = [origin for origin, count in zip(side.origins, side.words, strict=True) if count < 2]
     if tiny:
-        yield Finding("tiny", "warning", f"{len(tiny)} rows of a single word", len(tiny), total, tuple(tiny[:MAX_EXAMPLES]))
+        text = f"{len(tiny)} rows of a single word"
+        yield Finding("tiny", "warning", text, len(tiny), total, tuple(tiny[:MAX_EXAMPLES]))
 
 
 def _repeats(keys: Sequence[int], origins: Sequence[str]) -> tuple[int, tuple[str, ...]]:
@@ -138,7 +143,8 @@ def _duplicates(side: _Side) -> Iterator[Finding]:
     total = len(side)
     exact, examples = _repeats(side.exact, side.origins)
     if exact:
-        yield Finding("duplicates", "warning", f"{exact} training rows repeat another to the letter", exact, total, examples)
+        text = f"{exact} training rows repeat another to the letter"
+        yield Finding("duplicates", "warning", text, exact, total, examples)
     folded, examples = _repeats(side.folded, side.origins)
     if folded > exact:
         text = f"{folded - exact} training rows repeat another but for case, width or white space"
@@ -157,7 +163,7 @@ def _labels(side: _Side, other: _Side | None) -> Iterator[Finding]:
         text = f"every training row has the label {shown(top, 40)!r}; there is nothing to tell apart"
         yield Finding("one_label", "error", text, total, total)
     elif count / total >= SKEWED_SHARE and not side.multi_label:
-        text = f"{count / total:.1%} of the training rows have the label {shown(top, 40)!r}; look at F1 or MCC, not accuracy"
+        text = f"{count / total:.1%} of training rows have the label {shown(top, 40)!r}; look at F1, not accuracy"
         yield Finding("skewed", "warning", text, count, total)
     rare = [name for name, count in side.labels.items() if count < 5]
     if rare:
@@ -186,7 +192,8 @@ def _contradictions(side: _Side) -> Iterator[Finding]:
 def _same_pairs(side: _Side) -> Iterator[Finding]:
     if side.same_pairs:
         text = f"{len(side.same_pairs)} pairs have the same text as chosen and as rejected; they teach nothing"
-        yield Finding("same_pairs", "warning", text, len(side.same_pairs), len(side), tuple(side.same_pairs[:MAX_EXAMPLES]))
+        examples = tuple(side.same_pairs[:MAX_EXAMPLES])
+        yield Finding("same_pairs", "warning", text, len(side.same_pairs), len(side), examples)
 
 
 def _leaks(side: _Side, other: _Side) -> tuple[list[Finding], set[int]]:
@@ -227,13 +234,16 @@ class _Ngrams:
         self._owner = np.empty(0, np.int64)
         self._match: dict[int, int] = {}
 
-    def _hashes(self, text: str) -> np.ndarray:
-        """One 64-bit hash for each run of 13 words (punctuation aside)."""
-        words = "".join(char if char.isalnum() else " " for char in text).split()
+    def _hashes(self, text: str, *, learn: bool) -> np.ndarray:
+        """One 64-bit hash for each run of 13 words (punctuation aside). A word eval never uses counts as 0."""
+        words = _WORD.findall(text)
         if len(words) < NGRAM_WORDS:
             return np.empty(0, np.uint64)
         known = self._words
-        ids = np.array([known.get(word) or known.setdefault(word, _digest(word)) for word in words], np.uint64)
+        if learn:
+            for word in words:
+                known.setdefault(word, _digest(word) >> 1)
+        ids = np.fromiter(map(known.get, words, repeat(0)), np.int64, len(words)).astype(np.uint64)
         count = len(words) - NGRAM_WORDS + 1
         total = np.zeros(count, np.uint64)
         with np.errstate(over="ignore"):
@@ -243,7 +253,7 @@ class _Ngrams:
 
     def add(self, number: int, text: str) -> None:
         """An eval row."""
-        hashes = np.unique(self._hashes(text))
+        hashes = np.unique(self._hashes(text, learn=True))
         self._pieces.append(hashes)
         self._rows.append(np.full(len(hashes), number, np.int64))
 
@@ -260,7 +270,7 @@ class _Ngrams:
 
     def look(self, number: int, text: str) -> None:
         """A training row."""
-        hashes = self._hashes(text)
+        hashes = self._hashes(text, learn=False)
         if not len(hashes) or not len(self._keys):
             return
         at = np.minimum(np.searchsorted(self._keys, hashes), len(self._keys) - 1)

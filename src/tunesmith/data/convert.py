@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 from tunesmith.data.detect import Layout, kind_of_value
 from tunesmith.data.kinds import Chat, Labelled, Message, Pair, Prompt, Record, Text
@@ -64,7 +65,8 @@ def check_text(value: str, what: str) -> None:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         char = f"\\u{ord(value[error.start]):04x}"
-        raise RowError(f"{what!r} holds {char}, half a surrogate pair", "write the whole character or remove it") from None
+        problem = f"{what!r} holds {char}, half a surrogate pair"
+        raise RowError(problem, "write the whole character or remove it") from None
 
 
 def _optional(row: Row, columns: Mapping[str, str], role: str) -> str | None:
@@ -139,7 +141,8 @@ def messages_of(value: object, column: str) -> tuple[Message, ...]:
     """Messages from a list of {role, content} or {from, value}; RowError for anything else."""
     if not isinstance(value, list | tuple) or not value:
         found = "empty" if value in ([], (), None) else f"a {type(value).__name__}"
-        raise RowError(f"{column!r} is {found}, not a list of messages", 'write [{"role": "user", "content": "..."}, ...]')
+        advice = 'write [{"role": "user", "content": "..."}, ...]'
+        raise RowError(f"{column!r} is {found}, not a list of messages", advice)
     return tuple(_message(item, f"{column}[{number}]") for number, item in enumerate(value))
 
 
@@ -191,7 +194,8 @@ def _joined(parts: Sequence[object], where: str) -> str:
         kind = part.get("type") if isinstance(part, Mapping) else None
         text = part.get("text") if isinstance(part, Mapping) else None
         if kind != "text" or not isinstance(text, str):
-            raise RowError(f"{where}: a part of type {shown(str(kind), 30)!r}", "only text is read; leave out images and sound")
+            problem = f"{where}: a part of type {shown(str(kind), 30)!r}"
+            raise RowError(problem, "only text is read; leave out images and sound")
         texts.append(text)
     return "".join(texts)
 
@@ -225,11 +229,12 @@ def check_turns(messages: Sequence[Message], *, answered: bool = True) -> None:
     talk = [m for m in messages if m.role not in ("system", "developer")]
     lead = next((i for i, m in enumerate(messages) if m.role not in ("system", "developer")), len(messages))
     if len(talk) != len(messages) - lead:
-        raise RowError("a system message that is not the first", "move it to the start or merge it into the user's turn")
+        advice = "move it to the start or merge it into the user's turn"
+        raise RowError("a system message that is not the first", advice)
     if not talk or talk[0].role != "user":
         found = talk[0].role if talk else "nothing"
         raise RowError(f"the conversation begins with {found}, not with the user", "begin with a user message")
-    for before, after in zip(talk, talk[1:], strict=False):
+    for before, after in pairwise(talk):
         if before.role == after.role and after.role in ("user", "assistant"):
             raise RowError(f"two {after.role} messages in a row", "join them, or put back the message between them")
         if after.role == "tool" and not (before.tool_calls or before.role == "tool"):

@@ -13,17 +13,24 @@ from tunesmith.errors import DataError
 
 Finding = Mapping[str, str] | None
 
-PROMPTS = tuple(
-    ["prompt", "question", "instruction", "query", "request", "problem", "user", "human", "input", "source", "q", "ask", "frage", "anfrage", "aufgabe", "pregunta", "domanda", "pergunta", "vraag", "fraga"]
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+PROMPTS = _words(
+    "prompt question instruction query request problem user human input source q ask frage anfrage "
+    "aufgabe pregunta domanda pergunta vraag fraga"
 )
-ANSWERS = tuple(
-    ["completion", "answer", "response", "output", "reply", "solution", "assistant", "target", "summary", "translation", "a", "antwort", "respuesta", "risposta", "resposta", "antwoord", "svar", "reponse", "réponse"]
+ANSWERS = _words(
+    "completion answer response output reply solution assistant target summary translation a antwort "
+    "respuesta risposta resposta antwoord svar reponse réponse"
 )
-TEXTS = tuple(["text", "content", "document", "sentence", "review", "body", "comment", "message", "article", "passage", "tweet", "post", "abstract"])
-LABELS = tuple(["label", "labels", "class", "category", "sentiment", "stars", "rating", "score", "intent", "topic", "tag", "target", "klasse", "kategorie"])
+TEXTS = _words("text content document sentence review body comment message article passage tweet post abstract")
+LABELS = _words("label labels class category sentiment stars rating score intent topic tag target klasse kategorie")
 SYSTEMS = ("system", "system_prompt")
 CONTEXTS = ("context", "passage", "document", "article", "background")
-IGNORED = tuple(["id", "idx", "index", "uid", "uuid", "guid", "url", "link", "source_url", "date", "timestamp", "created_at", "name", "split"])
+IGNORED = _words("id idx index uid uuid guid url link source_url date timestamp created_at name split")
 KNOWN_PAIRS = (
     ("prompt", "completion"),
     ("prompt", "response"),
@@ -168,12 +175,14 @@ def _find_alpaca(survey: Survey) -> Finding:
         return None
     if len(answers) > 1:
         raise Ambiguous(f"several columns could be the answer: {', '.join(answers)}")
-    return _with({"instruction": instruction, "input": extra, "output": answers[0], "system": survey.first(SYSTEMS, "text")})
+    system = survey.first(SYSTEMS, "text")
+    return _with({"instruction": instruction, "input": extra, "output": answers[0], "system": system})
 
 
 def _find_pair(survey: Survey) -> tuple[str, str] | None:
     pairs = [
-        (p, c) for prompt, answer in KNOWN_PAIRS
+        (p, c)
+        for prompt, answer in KNOWN_PAIRS
         if (p := survey.find(prompt, "text")) and (c := survey.find(answer, "text"))
     ]
     if len(pairs) > 1:
@@ -273,7 +282,8 @@ def _find_dialogue_pairs(survey: Survey) -> Finding:
 def _find_prompts(survey: Survey) -> Finding:
     column = survey.first(("messages",), "messages") or survey.find("prompt", "text", "messages")
     if column:
-        return _with({"prompt": column, "answer": survey.first(("answer", "ground_truth", "solution", "completion"), "text")})
+        answers = ("answer", "ground_truth", "solution", "completion")
+        return _with({"prompt": column, "answer": survey.first(answers, "text")})
     alpaca = _find_alpaca(survey)
     if alpaca:
         return _with({"prompt": alpaca["instruction"], "input": alpaca["input"], "answer": alpaca["output"]})
@@ -335,9 +345,9 @@ def recognise(
             found = None
             doubts.append(str(doubt))
         roles = {**(found or {}), **given}
-        if all(role in roles for role in candidate.required) and set(roles) <= {*candidate.required, *candidate.optional}:
-            if not doubts or set(candidate.required) <= set(given):
-                return Layout(candidate.name, roles)
+        complete = set(candidate.required) <= set(roles) <= {*candidate.required, *candidate.optional}
+        if complete and (not doubts or set(candidate.required) <= set(given)):
+            return Layout(candidate.name, roles)
         if doubts:
             break
     raise DataError(_unrecognised(survey, stage, candidates, doubts, where))
@@ -367,12 +377,16 @@ def _check_given(survey: Survey, stage: str, given: Mapping[str, str], where: st
         if role not in roles:
             near = difflib.get_close_matches(role, roles, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            problems.append(f"data.columns: {role!r} is no role of stage {stage}{hint} Roles: {', '.join(sorted(roles))}")
+            problems.append(
+                f"data.columns: {role!r} is no role of stage {stage}{hint} Roles: {', '.join(sorted(roles))}"
+            )
         if column not in survey.columns:
             near = difflib.get_close_matches(str(column), list(survey.columns), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            problems.append(f"data.columns: {role}: there is no column {column!r} in {where}{hint} "
-                            f"Columns: {', '.join(survey.columns)}")
+            problems.append(
+                f"data.columns: {role}: there is no column {column!r} in {where}{hint} "
+                f"Columns: {', '.join(survey.columns)}"
+            )
     if problems:
         raise DataError("\n".join(problems))
 

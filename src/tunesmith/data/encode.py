@@ -93,7 +93,9 @@ class Encoder:
         """The text, or pair of texts, with the tokenizer's special tokens; cut so that these stay."""
         tokenizer = self.tokenizer
         pair = record.text_pair
-        ids = list(tokenizer(record.text, pair)["input_ids"] if pair is not None else tokenizer(record.text)["input_ids"])
+        ids = list(
+            tokenizer(record.text, pair)["input_ids"] if pair is not None else tokenizer(record.text)["input_ids"]
+        )
         if len(ids) > self.max_length and self.on_too_long != "error":
             if self.on_too_long == "drop":
                 return self._dropped(len(ids))
@@ -111,7 +113,9 @@ class Encoder:
         found = (label,) if isinstance(label, str) else label
         unknown = [name for name in found if name not in self.label_names]
         if unknown:
-            raise DataError(f"the label {', '.join(map(repr, unknown))} is unknown; known are {', '.join(self.label_names)}")
+            raise DataError(
+                f"the label {', '.join(map(repr, unknown))} is unknown; known are {', '.join(self.label_names)}"
+            )
         if self.multi_label:
             return tuple(1.0 if name in found else 0.0 for name in self.label_names)
         if len(found) != 1:
@@ -209,7 +213,11 @@ def tokenizer_hash(tokenizer: Any) -> str:
     """sha256 of everything that decides how text becomes ids: vocabulary, rules, special tokens, chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    parts = [rules, str(tokenizer.chat_template), json.dumps({k: str(v) for k, v in tokenizer.special_tokens_map.items()})]
+    parts = [
+        rules,
+        str(tokenizer.chat_template),
+        json.dumps({k: str(v) for k, v in tokenizer.special_tokens_map.items()}),
+    ]
     return sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 

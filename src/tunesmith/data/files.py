@@ -86,7 +86,7 @@ def opened(file: DataFile) -> Iterator[IO[bytes]]:
             with gzip.open(raw, "rb") as unzipped:
                 yield unzipped  # type: ignore[misc]
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(f"{file.name}: the gzip data is damaged or cut short ({error}); copy the file again") from None
+            raise DataError(f"{file.name}: the gzip data is damaged or cut short ({error}); copy it again") from None
 
 
 def head_of(file: DataFile, size: int = 65536) -> bytes:
@@ -164,7 +164,8 @@ def lines_of(file: DataFile) -> Iterator[Line]:
         while raw := stream.readline(MAX_ROW_BYTES + 1):
             number += 1
             if len(raw) > MAX_ROW_BYTES:
-                raise DataError(f"{file.name}:{number}: a line longer than {MAX_ROW_BYTES >> 20} MiB; split it into rows")
+                where = f"{file.name}:{number}"
+                raise DataError(f"{where}: a line longer than {MAX_ROW_BYTES >> 20} MiB; split it into rows")
             size = len(raw)
             if number == 1 and raw.startswith(UTF8_BOM):
                 raw = raw[3:]

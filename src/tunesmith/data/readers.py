@@ -124,8 +124,9 @@ def as_object(value: object) -> dict[str, object]:
     """The value if it is an object; RowError otherwise."""
     if isinstance(value, dict):
         return value
-    names = {list: "an array", str: "a text", bool: "true or false", type(None): "null", int: "a number", float: "a number"}
-    raise RowError(f"the row is {names.get(type(value), 'no object')}, not an object", 'write it as {"column": value, ...}')
+    names = {list: "an array", str: "a text", bool: "true or false", type(None): "null"}
+    found = names.get(type(value), "a number")
+    raise RowError(f"the row is {found}, not an object", 'write it as {"column": value, ...}')
 
 
 def _jsonl_rows(file: DataFile) -> Iterator[Row | BadRow]:
@@ -159,7 +160,8 @@ def _json_rows(file: DataFile) -> Iterator[Row | BadRow]:
             elif reader.peek() not in ("]", ""):
                 reader.take(",")
         if not reader.peek():
-            raise DataError(f"{file.name}:{reader.line}: the array is never closed; the file is cut short, copy it again")
+            where = f"{file.name}:{reader.line}"
+            raise DataError(f"{where}: the array is never closed; the file is cut short, copy it again")
         reader.take("]")
         reader.skip()
         if reader.peek():
@@ -171,13 +173,15 @@ def _enclosed(reader: _Pieces, name: str) -> Iterator[Row | BadRow]:
     if isinstance(whole, BadRow):
         yield whole
         return
-    lists = [key for key, value in whole.values.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    held = whole.values.items()
+    lists = [key for key, value in held if isinstance(value, list) and value and isinstance(value[0], dict)]
     turns = {"messages", "conversations", "conversation", "tools"}
     if not lists or set(lists) & turns:
         yield whole
         return
     if len(lists) > 1:
-        raise DataError(f"{name}: rows under which key? Several hold a list: {', '.join(lists)}; keep one list in the file")
+        keys = ", ".join(lists)
+        raise DataError(f"{name}: rows under which key? Several hold a list: {keys}; keep one list in the file")
     for number, value in enumerate(whole.values[lists[0]], start=1):  # type: ignore[arg-type]
         origin = f"{name}:{lists[0]}[{number}]"
         try:
@@ -228,7 +232,8 @@ class _Pieces:
     def take(self, char: str) -> None:
         if self.peek() != char:
             near = shown(self.buffer[:40], 40)
-            raise DataError(f"{self.name}:{self.line}: expected {char} and found {near}; a JSON file is an array of objects")
+            where = f"{self.name}:{self.line}"
+            raise DataError(f"{where}: expected {char} and found {near}; a JSON file is an array of objects")
         self._drop(1)
 
     def element(self) -> Row | BadRow:
@@ -238,7 +243,7 @@ class _Pieces:
             try:
                 value, end = _DECODER.raw_decode(self.buffer)
             except json.JSONDecodeError as error:
-                if self._incomplete(error) and len(self.buffer) < MAX_ROW_BYTES and self._more(max(len(self.buffer), 4096)):
+                if self._incomplete(error) and self._more(max(len(self.buffer), 4096)):
                     continue
                 self._stop(error)
             except RowError as error:
@@ -267,21 +272,24 @@ class _Pieces:
                 _, end = json.JSONDecoder().raw_decode(self.buffer)
                 break
             except json.JSONDecodeError as broken:
-                if not (self._incomplete(broken) and len(self.buffer) < MAX_ROW_BYTES and self._more()):
+                if not (self._incomplete(broken) and self._more()):
                     self._stop(broken)
         raw = self.buffer[: min(end, 400)]
         self._drop(end)
         return bad_row(origin, error, raw)
 
     def _incomplete(self, error: json.JSONDecodeError) -> bool:
-        return not self.ended and (error.msg.startswith("Unterminated") or error.pos >= len(self.buffer) - 32)
+        if self.ended or len(self.buffer) >= MAX_ROW_BYTES:
+            return False
+        return error.msg.startswith("Unterminated") or error.pos >= len(self.buffer) - 32
 
     def _stop(self, error: json.JSONDecodeError) -> None:
         problem = _json_problem(error)
         line = self.line + self.buffer.count("\n", 0, error.pos)
         near = shown(self.buffer[:200].strip())
         raise DataError(
-            f"{self.name}:{line}: {problem.problem}; what follows cannot be read.\n      row: {near}\n      fix: {problem.advice}"
+            f"{self.name}:{line}: {problem.problem}; what follows cannot be read.\n"
+            f"      row: {near}\n      fix: {problem.advice}"
         ) from None
 
 

@@ -140,8 +140,10 @@ class RecordSet:
 
     def describe(self) -> str:
         """What was recognised, for people: files, format, columns, what is left out, the first record."""
-        lines = [f"{len(self._parts)} file{'s' if len(self._parts) != 1 else ''}: {', '.join(self.files[:5])}"
-                 + (f" and {len(self.files) - 5} more" if len(self.files) > 5 else "")]
+        lines = [
+            f"{len(self._parts)} file{'s' if len(self._parts) != 1 else ''}: {', '.join(self.files[:5])}"
+            + (f" and {len(self.files) - 5} more" if len(self.files) > 5 else "")
+        ]
         used = ", ".join(f"{role} <- {column!r}" for role, column in self.columns.items())
         lines.append(f"format: {self.format} ({', '.join(sorted({part.kind for part in self._parts}))}); {used}")
         if self.template is not None:
@@ -208,9 +210,8 @@ def read_records(
     made = None if template is None else get_template(template)
     samples = _samples(parts)
     layout = _layout(samples, stage, format, dict(columns or {}), made)
-    return RecordSet(
-        parts, layout, stage=stage, template=made, skip_bad=on_bad_row == "skip", report_bad=report_bad, notes=found.notes
-    )
+    skip = on_bad_row == "skip"
+    return RecordSet(parts, layout, stage=stage, template=made, skip_bad=skip, report_bad=report_bad, notes=found.notes)
 
 
 def _parts(files: tuple[DataFile, ...], hub: tuple[str, ...], stage: str, format: str | None) -> tuple[Part, ...]:
@@ -226,7 +227,7 @@ def _parts(files: tuple[DataFile, ...], hub: tuple[str, ...], stage: str, format
         parts.append(Part(file, "lines" if by_line else kind))
     if problems:
         raise several(problems, DataError)
-    return tuple([*parts, *(Part(HubRows(name), "hub") for name in hub)])
+    return (*parts, *(Part(HubRows(name), "hub") for name in hub))
 
 
 def _samples(parts: tuple[Part, ...]) -> list[tuple[str, list[Mapping[str, object]]]]:
@@ -264,16 +265,16 @@ def _layout(
         theirs = Survey(their_rows).columns
         missing = sorted({c for c in layout.columns.values() if c not in theirs and c in survey.columns} - {""})
         if missing:
-            problems.append(f"{other}: has no column {', '.join(missing)} as {name} has; it has {', '.join(theirs)}. "
-                            "Files read together have the same columns: name them apart, or mix them (data.mix)")
+            problems.append(
+                f"{other}: has no column {', '.join(missing)} as {name} has; it has {', '.join(theirs)}. "
+                "Files read together have the same columns: name them apart, or mix them (data.mix)"
+            )
     if problems:
         raise several(problems, DataError)
     return layout
 
 
-def _templated_layout(
-    survey: Survey, stage: str, columns: dict[str, str], template: Template, where: str
-) -> Layout:
+def _templated_layout(survey: Survey, stage: str, columns: dict[str, str], template: Template, where: str) -> Layout:
     """Columns by placeholder; a placeholder that is no column is looked for by its role."""
     roles = dict(columns)
     extra = {"classify": ("label",), "reward": ("chosen", "rejected"), "dpo": ("chosen", "rejected")}.get(stage, ())
@@ -284,12 +285,14 @@ def _templated_layout(
     for role in (*template.columns, *extra):
         column = roles.get(role) or (role if role in survey.columns else guessed.get(role))
         if column is None or column not in survey.columns:
-            problems.append(f"{where}: template placeholder {{{role}}} is no column; columns are: "
-                            f"{', '.join(survey.columns)}. Name it: data.columns: {{{role}: COLUMN}}")
+            problems.append(
+                f"{where}: template placeholder {{{role}}} is no column; columns are: "
+                f"{', '.join(survey.columns)}. Name it: data.columns: {{{role}: COLUMN}}"
+            )
         else:
             roles[role] = column
     if stage == "sft" and not template.completion:
-        problems.append("the template has no completion to learn; it needs two placeholders, the last one being the answer")
+        problems.append("the template has no completion to learn; it needs two placeholders, the last for the answer")
     if problems:
         raise several(problems, DataError)
     return Layout("template", roles)
@@ -300,4 +303,3 @@ def _guess(survey: Survey, stage: str, where: str) -> Mapping[str, str]:
         return recognise(survey, stage=stage, where=where).columns
     except DataError:
         return {}
-

@@ -41,7 +41,9 @@ class BadRow:
 
     def __str__(self) -> str:
         where = f"{self.origin}: {self.problem}"
-        return f"{where}\n      row: {self.shown}\n      fix: {self.advice}" if self.shown else f"{where}; {self.advice}"
+        if not self.shown:
+            return f"{where}; {self.advice}"
+        return f"{where}\n      row: {self.shown}\n      fix: {self.advice}"
 
     def as_dict(self) -> dict[str, str]:
         """For a file of refused rows."""
@@ -72,6 +74,7 @@ def bad_row(origin: str, error: RowError, raw: str | Mapping[str, object]) -> Ba
 def refuse(bad: Sequence[BadRow], *, more: bool = False) -> DataError:
     """One error that lists the first bad rows of a set."""
     count = f"at least {len(bad)}" if more else str(len(bad))
-    lines = [f"{count} bad row{'s' if len(bad) != 1 or more else ''} found:", *(f"  - {row}" for row in bad[:MAX_LISTED])]
+    plural = "s" if len(bad) != 1 or more else ""
+    lines = [f"{count} bad row{plural} found:", *(f"  - {row}" for row in bad[:MAX_LISTED])]
     lines.append("  Mend the rows, or leave them out (and have them counted) with data.on_bad_row: skip")
     return DataError("\n".join(lines))

@@ -18,7 +18,9 @@ from tunesmith.errors import DataError, several
 
 Spec = str | Path | Sequence["str | Path"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.+%\[\]:-]+)?")
-_FOREIGN = tuple([".py", ".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".npz", ".arrow", ".xlsx", ".xls", ".zip", ".tar", ".xml"])
+_FOREIGN = (
+    ".py", ".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".npz", ".arrow", ".xlsx", ".xls", ".zip", ".tar", ".xml",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +79,9 @@ def _paths(part: str | Path, notes: list[str]) -> list[Path] | None:
 
 
 def _looks_like_file(path: Path) -> bool:
-    name = path.name.lower().removesuffix(".gz")
-    return name.endswith((*KINDS, *_FOREIGN)) or path.is_absolute() or path.parts[0] in (".", "..") or len(path.parts) > 2
+    if path.is_absolute() or path.parts[0] in (".", "..") or len(path.parts) > 2:
+        return True
+    return path.name.lower().removesuffix(".gz").endswith((*KINDS, *_FOREIGN))
 
 
 def _missing(text: str, path: Path) -> str:
@@ -100,7 +103,8 @@ def _folder(folder: Path, split: str | None, notes: list[str]) -> list[Path]:
     """Data files in a folder, sorted; READMEs and the like are passed over aloud when there are tables beside them."""
     inside = folder.resolve()
     every = [
-        path for path in sorted(folder.rglob("*"))
+        path
+        for path in sorted(folder.rglob("*"))
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
     outside = [path for path in every if not path.resolve().is_relative_to(inside)]

@@ -85,7 +85,8 @@ def _keys(records: RecordSet | Subset, key: Key | None) -> Iterator[str]:
         elif key is None:
             yield normalised(input_text(record)) or normalised(full_text(record))
         elif key not in row.values:
-            raise DataError(f"{row.origin}: there is no column {key!r} to group by; the row has {', '.join(row.values)}")
+            names = ", ".join(row.values)
+            raise DataError(f"{row.origin}: there is no column {key!r} to group by; the row has {names}")
         else:
             yield normalised(str(row.values[key]))
 
@@ -95,7 +96,10 @@ def _draw(key: str, seed: int, purpose: str) -> int:
 
 
 def split_records(
-    records: RecordSet | Subset, fractions: Sequence[float] | Mapping[str, float], seed: int, group_key: Key | None = None
+    records: RecordSet | Subset,
+    fractions: Sequence[float] | Mapping[str, float],
+    seed: int,
+    group_key: Key | None = None,
 ) -> tuple[Subset, ...]:
     """Disjoint parts: rows with the same input (case, width, white space aside) or the same `group_key` stay together.
 
@@ -103,8 +107,10 @@ def split_records(
     Parts are within one group of their share. The order of rows is kept. Holds 16 bytes a row. DataError if a part
     would be empty.
     """
-    names = list(fractions) if isinstance(fractions, Mapping) else [f"{i + 1}/{len(fractions)}" for i in range(len(fractions))]
-    shares = list(fractions.values()) if isinstance(fractions, Mapping) else list(fractions)
+    named = fractions
+    if not isinstance(named, Mapping):
+        named = {f"{i}/{len(named)}": share for i, share in enumerate(named, start=1)}
+    names, shares = list(named), list(named.values())
     if not shares or any(share <= 0 for share in shares) or abs(sum(shares) - 1) > 1e-6:
         raise DataError(f"split: the shares {shares} must be above 0 and sum to 1")
     draws = [_draw(key, seed, "split") for key in _keys(records, group_key)]
@@ -154,7 +160,7 @@ def cap_per_key(records: RecordSet | Subset, key: Key, limit: int, *, seed: int 
 
 
 def without_personal(records: RecordSet | Subset) -> tuple[Subset, dict[str, int]]:
-    """Rows without e-mail addresses, phone, card and account numbers, and how many rows held each. A filter, no proof."""
+    """Rows without e-mail addresses, phone, card and account numbers; how many rows held each. A filter, no proof."""
     counts: Counter[str] = Counter()
     kept: set[int] = set()
     for number, record in enumerate(records):

@@ -257,9 +257,7 @@ def _move_aside(path: Path) -> Path:
     return aside
 
 
-def _report(
-    damaged: list[tuple[Path, list[str]]], good: Path, warn: Callable[[str], None], repair: bool
-) -> None:
+def _report(damaged: list[tuple[Path, list[str]]], good: Path, warn: Callable[[str], None], repair: bool) -> None:
     for path, problems in damaged:
         where = path
         if repair:

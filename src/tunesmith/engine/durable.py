@@ -45,13 +45,9 @@ def explain(error: OSError, path: Path, bytes_needed: int | None = None) -> RunE
         free = "the free space cannot be read"
     needed = "" if bytes_needed is None else f"{bytes_needed} bytes are needed, "
     if error.errno in _FULL:
-        return DiskError(
-            f"{path}: disk full ({needed}{free}); make room, then resume: nothing saved before is lost"
-        )
+        return DiskError(f"{path}: disk full ({needed}{free}); make room, then resume: nothing saved before is lost")
     if error.errno == errno.EIO:
-        return DiskError(
-            f"{path}: the disk reports an I/O error ({needed}{free}); check the disk, then resume"
-        )
+        return DiskError(f"{path}: the disk reports an I/O error ({needed}{free}); check the disk, then resume")
     reason = error.strerror or str(error)
     return RunError(f"{path}: cannot be written ({reason}); choose a folder that you can write to")
 
@@ -66,7 +62,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create `folder` and missing parents, each entry on the disk before this returns. A present folder is left alone."""
+    """Create `folder` and missing parents, each on the disk before this returns. A present folder is left alone."""
     folder = Path(os.path.abspath(folder))
     if folder.is_dir():
         return
@@ -106,7 +102,7 @@ def publish(source: Path, target: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`: afterwards, and after a crash at any moment, it holds the old or the new bytes whole."""
+    """Replace `path` by `data`: after a crash at any moment it holds the old or the new bytes whole."""
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}"[:255])
     with disk_errors(path, len(data)):
         temporary.unlink(missing_ok=True)

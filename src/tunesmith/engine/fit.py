@@ -235,7 +235,13 @@ def _farewell(signal: str, step: int) -> str:
 
 
 def _record_time(
-    files: Files, progress: Progress, started: float, tokens: int, line: dict[str, float | int], num_steps: int, show: Show
+    files: Files,
+    progress: Progress,
+    started: float,
+    tokens: int,
+    line: dict[str, float | int],
+    num_steps: int,
+    show: Show,
 ) -> None:
     seconds = time.perf_counter() - started
     progress.seconds += seconds

@@ -94,9 +94,7 @@ class MetricsLog:
         if found < size:
             raise RunError(f"{self.path}: {found} bytes found, the checkpoint was saved at {size}; {todo}")
         if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
-            raise RunError(
-                f"{self.path}: byte {size} does not end a line, so it is not this run's file; {todo}"
-            )
+            raise RunError(f"{self.path}: byte {size} does not end a line, so it is not this run's file; {todo}")
         with durable.disk_errors(self.path):
             os.ftruncate(self._descriptor, size)
             os.fsync(self._descriptor)

@@ -77,5 +77,4 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 def clip(parameters: Iterable[nn.Parameter], norm: Tensor, limit: float | None) -> None:
     """Scale all gradients so that their norm is at most `limit`."""
     if limit is not None and float(norm) > limit:
-        scale = limit / (float(norm) + 1e-6)
-        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], scale)
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)

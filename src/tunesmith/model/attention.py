@@ -34,7 +34,9 @@ def segment_attention(
     if lengths is None and attention_mask is None and query.shape[2] == key.shape[2]:
         lengths = (query.shape[2],)
     if lengths is not None and attention_mask is None:
-        out = packed_attention(query, key, value, lengths, causal=causal, window=_window(module, kwargs, causal), **options)
+        out = packed_attention(
+            query, key, value, lengths, causal=causal, window=_window(module, kwargs, causal), **options
+        )
     else:
         causal = causal and query.shape[2] > 1 and attention_mask is None
         out = attend(query, key, value, mask=attention_mask, causal=causal, **options)

@@ -28,16 +28,14 @@ def build(job: Job) -> Built:
     model = ScoreModel(job.backbone, compute=job.compute).to(job.device)
 
     def measure(store: SampleStore, full: bool) -> Measured:
-        result = evaluate_scores(
-            model, store, collate=collate, max_tokens=job.eval_tokens, device=job.device
-        )
+        result = evaluate_scores(model, store, collate=collate, max_tokens=job.eval_tokens, device=job.device)
         rows = predictions(result, job.inputs.label_names) if full else ()
         return Measured(result.statistics(), result.metrics(seed=job.recipe.seed), predictions=tuple(rows))
 
     held_out = job.inputs.eval
     evaluate = None if held_out is None else lambda step: quick_metrics(measure(held_out, False))
     objective = Classify(job.recipe.data.multi_label)
-    return Built(Stage("classify", model, objective, make_source(job, collate), evaluate), measure)
+    return Built(Stage("classify", model, objective, make_source(job), evaluate), measure)
 
 
 def predictions(result: ScoreResult, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -54,5 +52,12 @@ def predictions(result: ScoreResult, names: Sequence[str]) -> list[dict[str, Any
         else:
             said = int(result.predictions[i])
             share = round(float(shares[i, said]), 4)
-            rows.append({"origin": origin, "label": names[int(result.labels[i])], "predicted": names[said], "probability": share})
+            rows.append(
+                {
+                    "origin": origin,
+                    "label": names[int(result.labels[i])],
+                    "predicted": names[said],
+                    "probability": share,
+                }
+            )
     return rows

@@ -65,7 +65,7 @@ def _newest(run: RunDir) -> Path:
 
 
 def open_tuned(run: RunDir) -> Tuned:
-    """The run's model with its trained weights; `RunError` when it is not finished, damaged, or its base has changed."""
+    """The run's model with its trained weights; `RunError` when unfinished, damaged, or of a changed base."""
     folder = _newest(run)
     recipe, inputs = load_resolved(run.file("recipe")), run.read_json("inputs")
     origin = Path(inputs["recipe_folder"])

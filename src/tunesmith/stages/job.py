@@ -82,7 +82,7 @@ class Built:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-def make_source(job: Job, collate: Callable[..., Batch]) -> OfflineSource:
+def make_source(job: Job, make_batch: Callable[[Sequence[Sample], int], Batch] | None = None) -> OfflineSource:
     """The training samples in the order and the steps that the recipe asks for."""
     train = job.recipe.train
     return OfflineSource(
@@ -93,7 +93,7 @@ def make_source(job: Job, collate: Callable[..., Batch]) -> OfflineSource:
         batch_examples=train.batch_examples,
         batch_tokens=train.batch_tokens,
         micro_batch_tokens=train.micro_batch_tokens,
-        make_batch=collate,
+        **({} if make_batch is None else {"make_batch": make_batch}),
     )
 
 

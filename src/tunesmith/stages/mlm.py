@@ -26,7 +26,9 @@ def build(job: Job) -> Built:
     """The stage, and its loss and perplexity over masked tokens of held-out text."""
     tokenizer = job.tokenizer
     if tokenizer.mask_token_id is None:
-        raise ModelError(f"{job.recipe.base}: its tokenizer has no mask token, which stage mlm needs; take a BERT-like base")
+        raise ModelError(
+            f"{job.recipe.base}: its tokenizer has no mask token, which stage mlm needs; take a BERT-like base"
+        )
     mask = partial(
         collate_mlm,
         mask_id=tokenizer.mask_token_id,
@@ -43,6 +45,9 @@ def build(job: Job) -> Built:
     def measure(store: SampleStore, full: bool) -> Measured:
         return measure_likelihood(job, model, store, fixed_holes, with_bytes=False)
 
+    def holes_at(samples: Sequence[Sample], step: int) -> Batch:
+        return mask(samples, step=step)
+
     held_out = job.inputs.eval
     evaluate = None if held_out is None else lambda step: quick_metrics(measure(held_out, False))
-    return Built(Stage("mlm", model, Likelihood(), make_source(job, mask), evaluate), measure)
+    return Built(Stage("mlm", model, Likelihood(), make_source(job, holes_at), evaluate), measure)

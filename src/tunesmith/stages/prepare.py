@@ -10,12 +10,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tunesmith.data.check import check_records
+from tunesmith.data.check import Finding, check_records
 from tunesmith.data.encode import Encoder
+from tunesmith.data.mix import Mixed
 from tunesmith.data.records import Labelled, Record, RecordSet, Text, read_records
-from tunesmith.data.split import Mixed, split_records
+from tunesmith.data.split import split_records
 from tunesmith.data.store import SampleStore, build_store
-from tunesmith.errors import DataError, RecipeError
+from tunesmith.errors import DataError, RecipeError, several
 from tunesmith.model.load import base_record, load_backbone, load_tokenizer
 from tunesmith.model.trainable import make_trainable
 from tunesmith.plan.hardware import choose_device, choose_precision
@@ -62,12 +63,25 @@ def read_sets(recipe: Recipe, folder: Path) -> Sets:
     held_out = read(data.eval) if data.eval is not None else None
     test = read(data.test) if data.test is not None else None
     if data.split is not None:
-        train, split_eval, split_test = split_records(
-            train, (data.split.eval, data.split.test), recipe.seed, group_key=data.group_key
-        )
-        held_out = held_out or (split_eval if data.split.eval else None)
-        test = test or (split_test if data.split.test else None)
+        train, split_eval, split_test = _split(recipe, train)
+        held_out, test = held_out or split_eval, test or split_test
     return Sets(train, held_out, test)
+
+
+def _split(recipe: Recipe, records: Records) -> tuple[Records, Records | None, Records | None]:
+    """(train, eval, test) as `data.split` shares them out; a share of 0 gives None."""
+    split = recipe.data.split
+    assert split is not None
+    if isinstance(records, Mixed):
+        raise RecipeError(
+            "data.split cannot divide data.mix; name data.eval and data.test, or split the parts beforehand"
+        )
+    shares = {"train": 1.0 - split.eval - split.test, "eval": split.eval, "test": split.test}
+    if shares["train"] <= 0:
+        raise RecipeError(f"data.split holds out {split.eval + split.test:g} of the rows; leave some to train on")
+    kept = {name: share for name, share in shares.items() if share > 0}
+    parts = dict(zip(kept, split_records(records, kept, recipe.seed, group_key=recipe.data.group_key), strict=True))
+    return parts["train"], parts.get("eval"), parts.get("test")
 
 
 def locate(spec: str, folder: Path) -> str:
@@ -75,7 +89,7 @@ def locate(spec: str, folder: Path) -> str:
     if Path(spec).is_absolute():
         return spec
     beside = folder / Path(spec).expanduser()
-    if beside.exists() or any(c in spec for c in "*?[") and list(folder.glob(spec)):
+    if beside.exists() or (any(c in spec for c in "*?[") and list(folder.glob(spec))):
         return str(beside)
     return spec
 
@@ -86,15 +100,20 @@ def labels_of(records: Iterable[Record]) -> tuple[str, ...]:
     for record in records:
         if isinstance(record, Labelled):
             found.update([record.label] if isinstance(record.label, str) else record.label)
-    return tuple(sorted(found, key=lambda name: (not name.lstrip("-").isdigit(), int(name) if name.lstrip("-").isdigit() else 0, name)))
+    return tuple(
+        sorted(
+            found,
+            key=lambda name: (not name.lstrip("-").isdigit(), int(name) if name.lstrip("-").isdigit() else 0, name),
+        )
+    )
 
 
 def make_inputs(recipe: Recipe, sets: Sets, tokenizer: Any, context_tokens: int | None, *, say: Say) -> Inputs:
     """Check the records, then encode them; what was noticed is said and kept."""
     labels = label_names(recipe, sets) if recipe.stage == "classify" else ()
-    found = check_records(sets.train, sets.eval, test=sets.test, stage=recipe.stage, on_overlap=recipe.data.on_overlap)
-    for note in found.notes:
-        say(note)
+    findings = look_at(recipe, sets)
+    for finding in findings:
+        say(str(finding))
     encoder = make_encoder(recipe, tokenizer, labels, context_tokens)
     stores = {
         name: None if records is None else _encode(records, encoder, name, say=say)
@@ -102,8 +121,24 @@ def make_inputs(recipe: Recipe, sets: Sets, tokenizer: Any, context_tokens: int 
     }
     train = stores["training"]
     assert train is not None
-    notes = (*found.notes, *(f"{name}: {text}" for name, s in stores.items() if s is not None for text in tally(s)))
+    notes = (
+        *map(str, findings),
+        *(f"{name}: {text}" for name, s in stores.items() if s is not None for text in tally(s)),
+    )
     return Inputs(train, stores["held-out"], stores["test"], probe(recipe, tokenizer, context_tokens), labels, notes)
+
+
+def look_at(recipe: Recipe, sets: Sets) -> list[Finding]:
+    """What is noticed about the records; what would make the run pointless or its result wrong is a `DataError`."""
+    findings = check_records(sets.train, sets.eval)
+    if sets.test is not None:
+        findings += [f for f in check_records(sets.train, sets.test) if f.kind.endswith("overlap")]
+    passed = {"overlap", "input_overlap"} if recipe.data.on_overlap == "allow" else set[str]()
+    wrong = [str(f) for f in findings if f.severity == "error" and f.kind not in passed]
+    if wrong:
+        hint = "; data.on_overlap: allow trains all the same" if any("overlap" in f.kind for f in findings) else ""
+        raise several(wrong, DataError, headline=f"this data would give a pointless or misleading run{hint}:")
+    return findings
 
 
 def label_names(recipe: Recipe, sets: Sets) -> tuple[str, ...]:

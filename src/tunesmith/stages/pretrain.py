@@ -25,4 +25,4 @@ def build(job: Job) -> Built:
 
     held_out = job.inputs.eval
     evaluate = None if held_out is None else lambda step: quick_metrics(measure(held_out, False))
-    return Built(Stage("pretrain", model, Likelihood(), make_source(job, collate), evaluate), measure)
+    return Built(Stage("pretrain", model, Likelihood(), make_source(job), evaluate), measure)

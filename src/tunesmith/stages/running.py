@@ -1,4 +1,4 @@
-"""A run from beginning to end: prepare, measure, fit, measure again, report. Interrupted anywhere, it goes on exactly."""
+"""A run from beginning to end: prepare, measure, fit, measure again, report. Interrupted, it goes on exactly."""
 
 from __future__ import annotations
 
@@ -101,9 +101,7 @@ def _train(
     return _publish(run, job, result, before, after, say)
 
 
-def _fit(
-    built: Built, state: TrainState, spec: FitSpec, files: Files, say: Say, show: Show, resumed: bool
-) -> Progress:
+def _fit(built: Built, state: TrainState, spec: FitSpec, files: Files, say: Say, show: Show, resumed: bool) -> Progress:
     try:
         return fit(built.stage, state, spec, files, say=say, show=show, resumed=resumed)
     finally:

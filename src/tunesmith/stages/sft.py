@@ -28,4 +28,4 @@ def build(job: Job) -> Built:
 
     held_out = job.inputs.eval
     evaluate = None if held_out is None else lambda step: quick_metrics(measure(held_out, False))
-    return Built(Stage("sft", model, Likelihood(), make_source(job, collate), evaluate), measure)
+    return Built(Stage("sft", model, Likelihood(), make_source(job), evaluate), measure)

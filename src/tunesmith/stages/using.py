@@ -35,7 +35,9 @@ def evaluate(target: str | Path, data: str, *, stage: str | None, say: Say) -> d
         base, trainable = tuned.base, tuned.trainable
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=_only(data))})
     else:
-        recipe = load_recipe({"stage": stage or _guess_stage(str(target)), "base": str(target), "data": _only(data)}).recipe
+        recipe = load_recipe(
+            {"stage": stage or _guess_stage(str(target)), "base": str(target), "data": _only(data)}
+        ).recipe
         base, tokenizer, labels, backbone = str(target), load_tokenizer(str(target)), (), None
         trainable = Trainable("none", (), 0, 0, 0, (), ())
     sets = read_sets(recipe, Path.cwd())
@@ -116,7 +118,7 @@ def _complete(tuned: Tuned, prompt: str, max_tokens: int, temperature: float, se
 def encode_prompt(tuned: Tuned, prompt: str) -> list[int]:
     """The prompt as training saw prompts: through the run's template, the chat template, or as it stands."""
     if tuned.recipe.stage == "pretrain":
-        return prompt_ids(prompt, tuned.tokenizer, plain=True)
+        return prompt_ids(prompt, tuned.tokenizer, raw=True)
     if tuned.template is not None:
         template = get_template(tuned.template)
         wanted = [name for name in template.columns if "{" + name + "}" in template.prompt]
@@ -132,11 +134,20 @@ def export(run: RunDir, to: Path, format: str, *, say: Say) -> dict[str, Any]:
     if format not in ("adapter", "merged"):
         raise ModelError(f"there is no export format `{format}`; take adapter or merged")
     if format == "adapter" and tuned.recipe.tune.method not in ("lora", "peft"):
-        raise ModelError(f"{run.path} trained by method {tuned.recipe.tune.method}, which has no adapter; take --format merged")
+        raise ModelError(
+            f"{run.path} trained by method {tuned.recipe.tune.method}, which has no adapter; take --format merged"
+        )
     config = tuned.backbone.config.get_text_config()
     probes = probe_ids(config.vocab_size, avoid=config.pad_token_id)
     done = export_run(tuned.backbone, tuned.tokenizer, to, format, base_name=tuned.recipe.base, probes=probes)  # type: ignore[arg-type]
     say(f"{format} written to {done.folder} ({done.num_bytes:,} bytes)")
-    agreement = None if done.agreement is None else {"error": done.agreement.error, "tolerance": done.agreement.tolerance}
-    return {"run": run.name, "format": format, "folder": str(done.folder), "bytes": done.num_bytes, "agreement": agreement}
-
+    agreement = (
+        None if done.agreement is None else {"error": done.agreement.error, "tolerance": done.agreement.tolerance}
+    )
+    return {
+        "run": run.name,
+        "format": format,
+        "folder": str(done.folder),
+        "bytes": done.num_bytes,
+        "agreement": agreement,
+    }
