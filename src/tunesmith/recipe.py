@@ -7,126 +7,30 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from tunesmith.errors import RecipeError, several
-from tunesmith.recipe_rules import DEFAULTS, check_together, method_defaults
+from tunesmith.recipe_rules import DEFAULTS, OWN_SECTIONS, check_together, does_nothing, method_defaults
+from tunesmith.recipe_sections import (
+    DataSpec,
+    DpoSpec,
+    EvaluateSpec,
+    GrpoSpec,
+    MixPart,
+    Positive,
+    PpoSpec,
+    RewardModelSpec,
+    RewardSpec,
+    SamplingSpec,
+    Section,
+    StageName,
+    TrainSpec,
+    TuneSpec,
+)
 from tunesmith.recipe_yaml import Lines, parse_yaml, read_text, scalar
-
-StageName = Literal["pretrain", "mlm", "sft", "classify"]
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A part of the recipe: frozen, typed strictly, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class MixPart(Section):
-    """One of several training sets and how much of the mix it is."""
-
-    path: str
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    format: str | None = None
-    columns: dict[str, str] | None = None
-    template: str | None = None
-
-
-class SplitSpec(Section):
-    """Shares of `train` to hold out when no `eval` or `test` is named."""
-
-    eval: Share = 0.1
-    test: Share = 0.0
-
-
-class DataSpec(Section):
-    """What is read and how it is turned into samples."""
-
-    train: str | None = None
-    mix: list[MixPart] | None = None
-    eval: str | None = None
-    test: str | None = None
-    split: SplitSpec | None = None
-    group_key: str | None = None
-    format: str | None = None
-    columns: dict[str, str] | None = None
-    template: str | None = None
-    max_length: Positive | None = None
-    on_too_long: Literal["error", "truncate_left", "truncate_right", "split", "drop"] = "error"
-    on_bad_row: Literal["error", "skip"] = "error"
-    on_overlap: Literal["error", "allow"] = "error"
-    train_on_prompt: bool = False
-    multi_label: bool = False
-    mask_rate: Annotated[float, Field(gt=0, lt=1)] = 0.15
-
-
-class TuneSpec(Section):
-    """Which parameters learn."""
-
-    method: Literal["full", "last_layers", "head", "lora", "bias", "peft"] = "lora"
-    layers: Positive | None = None
-    rank: Positive | None = None
-    alpha: Annotated[float, Field(gt=0)] | None = None
-    dropout: Share | None = None
-    targets: Literal["all-linear"] | list[str] | None = None
-    init: Literal["default", "pissa"] | None = None
-    rank_stabilized: bool | None = None
-    dora: bool | None = None
-    train_also: list[str] | None = None
-    adapter: str | None = None
-    peft: dict[str, Any] | None = None
-
-
-class StoppingSpec(Section):
-    """Stop when the selected metric has not improved for `patience` evaluations."""
-
-    patience: Positive
-
-
-class TrainSpec(Section):
-    """How the loop runs."""
-
-    epochs: Annotated[float, Field(gt=0)] | None = None
-    steps: Positive | None = None
-    batch_examples: Positive | None = None
-    batch_tokens: Positive | None = None
-    micro_batch_tokens: Positive = 8192
-    learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
-    adapter_b_rate_ratio: Annotated[float, Field(gt=0)] | None = None
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    beta1: Share = 0.9
-    beta2: Share = 0.999
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup: Annotated[float, Field(ge=0)] = 0.0
-    weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    eval_every: Positive | None = None
-    save_every: Positive | None = None
-    keep: Positive = 2
-    select_by: str | None = None
-    early_stopping: StoppingSpec | None = None
-    checkpoint_activations: bool = False
-
-
-class GenerateSpec(Section):
-    """How completions for the evaluation are sampled."""
-
-    max_tokens: Positive = 128
-    examples: Positive = 50
-
-
-class EvaluateSpec(Section):
-    """What is measured before and after, beside the loss."""
-
-    samples: Annotated[int, Field(ge=0)] = 5
-    generate: GenerateSpec | None = None
-    probe: str | None = None
-    sentences: list[str] = Field(default_factory=list)
 
 
 class Recipe(Section):
@@ -144,6 +48,12 @@ class Recipe(Section):
     tune: TuneSpec = Field(default_factory=TuneSpec)
     train: TrainSpec = Field(default_factory=TrainSpec)
     evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)
+    reward_model: RewardModelSpec | None = None
+    dpo: DpoSpec | None = None
+    reward: RewardSpec | None = None
+    sampling: SamplingSpec | None = None
+    ppo: PpoSpec | None = None
+    grpo: GrpoSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +67,18 @@ class Resolved:
     folder: Path
 
     def to_yaml(self) -> str:
-        """The resolved recipe, loadable again with the same result."""
-        return yaml.safe_dump(self.recipe.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
+        """The resolved recipe, loadable again with the same result: keys that do nothing for the stage are left out."""
+        values = _useful(self.recipe.model_dump(), self.recipe.stage, known_keys())
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _useful(values: Mapping[str, Any], stage: str, defaults: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What is worth writing down; a null stays where it is not the default, as in `clip_norm: null`."""
+    return {
+        name: _useful(value, stage, defaults, f"{prefix}{name}.") if isinstance(value, dict) else value
+        for name, value in values.items()
+        if not does_nothing(prefix + name, stage) and (value is not None or defaults.get(prefix + name) is not None)
+    }
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Resolved:
@@ -272,7 +192,7 @@ def _apply_overrides(raw: dict[str, Any], overrides: Sequence[str], origins: dic
 
 def _unsupported(raw: Mapping[str, Any], lines: Lines, name: str) -> list[str]:
     """Stages and options that this version does not have, said plainly."""
-    stages = ("pretrain", "mlm", "sft", "classify")
+    stages = get_args(StageName)
     stage = raw.get("stage")
     if isinstance(stage, str) and stage not in stages:
         near = difflib.get_close_matches(stage, stages, 1, 0.5)
@@ -310,7 +230,7 @@ def _explain(item: Any, lines: Lines, name: str) -> str:
 
 
 _MISSING = {
-    "stage": "name one of pretrain, mlm, sft, classify",
+    "stage": f"name one of {', '.join(get_args(StageName))}",
     "base": "name the pre-trained model: a folder or a hub id such as distilbert/distilbert-base-uncased",
     "data": "add a `data:` section with `train: FILE`",
 }
@@ -347,7 +267,9 @@ def _fill(
     raw: Mapping[str, Any], recipe: Recipe, origins: dict[str, str], warnings: list[str], folder: Path
 ) -> Resolved:
     """Put in what depends on stage and method, and say where every value came from."""
-    values = recipe.model_dump()
+    opened: dict[str, Any] = {name: {} for name in OWN_SECTIONS if not does_nothing(name, recipe.stage)}
+    written = {name: value for name, value in recipe.model_dump().items() if value is not None}
+    values = Recipe.model_validate({**opened, **written}).model_dump()
     given = set(_leaves(raw))
     derived = method_defaults(recipe.stage, values)
     for key, value in derived.items():
@@ -358,7 +280,9 @@ def _fill(
             origins[key] = "derived"
     final = Recipe.model_validate(values)
     for key in known_keys():
-        if not any(g == key or g.startswith(f"{key}.") or key.startswith(f"{g}.") for g in given):
+        if not does_nothing(key, recipe.stage) and not any(
+            g == key or g.startswith(f"{key}.") or key.startswith(f"{g}.") for g in given
+        ):
             origins.setdefault(key, "default")
     return Resolved(final, origins, tuple(warnings), folder)
 

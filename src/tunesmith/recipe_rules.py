@@ -5,11 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tunesmith.recipe_alignment import alignment_defaults, alignment_problems
+
 DEFAULTS: dict[str, float] = {
     "full": 2e-5, "last_layers": 5e-5, "head": 1e-3, "lora": 2e-4, "bias": 1e-3, "peft": 1e-3
 }  # fmt: skip
 """Learning rate by method. An adapter starts at zero and is small, so it wants about ten times the rate of a full
 run (LoRA, 2106.09685, appendix D: 5e-6 full and 2e-4 LoRA on GPT-3)."""
+
+_FULL_RATE = {"reward": 9e-6, "dpo": 1e-6, "ppo": 1e-6, "grpo": 1e-6}
+"""Rate of a full run where it is not `DEFAULTS["full"]`; other methods keep their ratio to it. InstructGPT's reward
+model (2203.02155, appendix C.2), DPO (2305.18290, appendix B), GRPO's policy (2402.03300, 4.2)."""
+
+
+def default_rate(stage: str, method: str) -> float:
+    """The learning rate when the recipe names none. A new head starts at random whatever the stage: it keeps its own.
+
+    A reward model by LoRA gets 9e-5, a policy 1e-5.
+    """
+    if stage not in _FULL_RATE or method == "head":
+        return DEFAULTS[method]
+    return float(f"{DEFAULTS[method] * _FULL_RATE[stage] / DEFAULTS['full']:.2g}")
+
 
 _METHOD_KEYS = {
     "layers": {"last_layers"},
@@ -24,31 +41,55 @@ _METHOD_KEYS = {
     "train_also": {"lora", "peft", "bias"},
     "peft": {"peft"},
 }
+_ASKED = {"sft", "reward", "dpo", "ppo", "grpo"}
+_ONLINE = {"ppo", "grpo"}
 _STAGE_KEYS = {
-    "data.template": {"sft"},
+    "data.template": _ASKED,
     "data.train_on_prompt": {"sft"},
     "data.multi_label": {"classify"},
     "data.mask_rate": {"mlm"},
-    "evaluate.generate": {"sft"},
+    "train.batch_examples": {"pretrain", "mlm", "sft", "classify", "reward", "dpo"},
+    "train.batch_tokens": {"pretrain", "mlm", "sft", "classify", "reward", "dpo"},
+    "evaluate.generate": {"sft", "dpo"},
     "evaluate.sentences": {"classify"},
+    "reward_model": {"reward"},
+    "dpo": {"dpo"},
+    "reward": _ONLINE,
+    "sampling": _ONLINE,
+    "ppo": {"ppo"},
+    "grpo": {"grpo"},
 }
+OWN_SECTIONS = tuple(key for key in _STAGE_KEYS if "." not in key)
+"""Sections that exist for some stages only."""
 METRICS = {
     "pretrain": ("loss", "perplexity", "bits_per_byte"),
     "mlm": ("loss", "perplexity"),
     "sft": ("loss", "perplexity", "bits_per_byte"),
     "classify": ("loss", "accuracy", "f1", "mcc"),
+    "reward": ("loss", "accuracy", "margin"),
+    "dpo": ("loss", "accuracy", "margin"),
+    "ppo": ("reward", "kl", "response_length", "ended"),
+    "grpo": ("reward", "kl", "response_length", "ended"),
 }
-_EXAMPLES = {"pretrain": 16, "mlm": 16, "sft": 16, "classify": 16}
+_SELECT_BY = {"classify": "accuracy", "reward": "accuracy", "dpo": "accuracy", "ppo": "reward", "grpo": "reward"}
+_EPOCHS = {"pretrain": 1.0, "reward": 1.0, "dpo": 1.0, "ppo": 1.0, "grpo": 1.0}
+"""A reward model overfits from the second epoch on (InstructGPT, 2203.02155, appendix C.2), preferences likewise."""
+_EXAMPLES = 16
+
+
+def does_nothing(key: str, stage: str) -> bool:
+    """True for a key, or a section, that the stage has no use for."""
+    return any(stage not in stages and (key == k or key.startswith(f"{k}.")) for k, stages in _STAGE_KEYS.items())
 
 
 def method_defaults(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted key -> value for what the user left open."""
     method, train = values["tune"]["method"], values["train"]
-    found: dict[str, Any] = {"train.learning_rate": DEFAULTS[method]}
+    found: dict[str, Any] = {"train.learning_rate": default_rate(stage, method)}
     if train["steps"] is None:
-        found["train.epochs"] = 1.0 if stage == "pretrain" else 3.0
-    if train["batch_tokens"] is None:
-        found["train.batch_examples"] = _EXAMPLES[stage]
+        found["train.epochs"] = _EPOCHS.get(stage, 3.0)
+    if train["batch_tokens"] is None and not does_nothing("train.batch_examples", stage):
+        found["train.batch_examples"] = _EXAMPLES
     if method == "lora":
         found |= {
             "tune.rank": 16, "tune.alpha": float(2 * (values["tune"]["rank"] or 16)), "tune.dropout": 0.0,
@@ -58,8 +99,8 @@ def method_defaults(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
     if method == "last_layers":
         found["tune.layers"] = 1
     if _has_eval(values["data"]):
-        found["train.select_by"] = "accuracy" if stage == "classify" else "loss"
-    return found
+        found["train.select_by"] = _SELECT_BY.get(stage, "loss")
+    return found | alignment_defaults(values)
 
 
 def _has_eval(data: Mapping[str, Any]) -> bool:
@@ -68,7 +109,7 @@ def _has_eval(data: Mapping[str, Any]) -> bool:
 
 def check_together(raw: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[str]]:
     """(problems as (key, text), warnings) from keys that contradict each other or would do nothing."""
-    problems = _idle_keys(raw, values) + _contradictions(values)
+    problems = _idle_keys(raw, values) + _contradictions(values) + alignment_problems(values)
     return problems, _warnings(values)
 
 
@@ -112,8 +153,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
                          "truncate_left, truncate_right or drop"))  # fmt: skip
     if values["tune"]["method"] == "peft" and not (values["tune"]["peft"] or {}).get("peft_type"):
         problems.append(("tune.peft", "method peft needs `tune.peft: {peft_type: IA3, ...}`"))
-    if values["tune"]["method"] == "head" and stage != "classify":
-        problems.append(("tune.method", "method head trains a new output head, which only classify has; "
+    if values["tune"]["method"] == "head" and stage not in ("classify", "reward"):
+        problems.append(("tune.method", "method head trains a new output head, which only classify and reward have; "
                          "take last_layers for a language model"))  # fmt: skip
     select = train["select_by"]
     if select is not None and select not in METRICS[stage]:
@@ -130,14 +171,13 @@ def _contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _warnings(values: Mapping[str, Any]) -> list[str]:
-    rate, method = values["train"]["learning_rate"], values["tune"]["method"]
+    stage, rate, method = values["stage"], values["train"]["learning_rate"], values["tune"]["method"]
+    full, lora = default_rate(stage, "full"), default_rate(stage, "lora")
     found = []
-    if rate is not None and method == "full" and rate >= 1e-4:
-        found.append(
-            f"train.learning_rate {rate:g} is an adapter's rate; a full run usually wants {DEFAULTS['full']:g}"
-        )
-    if rate is not None and method == "lora" and rate < 2e-5:
-        found.append(f"train.learning_rate {rate:g} is a full run's rate; LoRA usually wants {DEFAULTS['lora']:g}")
+    if rate is not None and method == "full" and rate >= lora / 2:
+        found.append(f"train.learning_rate {rate:g} is an adapter's rate; a full run usually wants {full:g}")
+    if rate is not None and method == "lora" and rate < lora / 10:
+        found.append(f"train.learning_rate {rate:g} is a full run's rate; LoRA usually wants {lora:g}")
     if not _has_eval(values["data"]):
         found.append("no held-out rows (data.eval or data.split): the run cannot tell whether it helped")
     return found
