@@ -11,7 +11,7 @@ _BESIDE = Path(__file__).resolve().parents[1].parent / "shared" / "assets"
 
 
 def assets_folder() -> Path:
-    """`TUNESMITH_ASSETS`, or `../shared/assets` beside the checkout; without it the test fails in CI, else is skipped."""
+    """`TUNESMITH_ASSETS`, else `../shared/assets` beside the checkout; without it a test fails in CI, else skips."""
     folder = Path(os.environ.get("TUNESMITH_ASSETS") or _BESIDE)
     if not folder.is_dir():
         _without(f"{folder} is not a folder: set TUNESMITH_ASSETS to where the real models and data are")

@@ -11,7 +11,7 @@ from itertools import repeat
 
 import numpy as np
 
-from tunesmith.data.kinds import Labelled, Pair, Record, full_text, input_text, normalised
+from tunesmith.data.kinds import Labelled, Pair, Ranking, Record, full_text, input_text, normalised
 from tunesmith.data.rows import shown
 
 FEW_ROWS = 100
@@ -64,6 +64,7 @@ class _Side:
         self.labels: Counter[str] = Counter()
         self.label_of: list[tuple[int, str]] = []
         self.same_pairs: list[str] = []
+        self.tied: list[str] = []
         self.words: list[int] = []
         self.multi_label = False
         for record in records:
@@ -83,6 +84,8 @@ class _Side:
             self.label_of.append((self.inputs[-1], ", ".join(sorted(names))))
         if isinstance(record, Pair) and normalised(record.chosen) == normalised(record.rejected):
             self.same_pairs.append(record.origin)
+        if isinstance(record, Ranking) and len(set(record.ranks)) == 1:
+            self.tied.append(record.origin)
         if each is not None:
             each(len(self.origins) - 1, asked)
 
@@ -102,7 +105,7 @@ def check_records(
     if grams:
         grams.close()
     side = _Side(train, grams.look if grams else None)
-    found = [*_size(side), *_duplicates(side), *_labels(side, other), *_same_pairs(side)]
+    found = [*_size(side), *_duplicates(side), *_labels(side, other), *_same_pairs(side), *_tied(side)]
     if other is not None:
         leaks, taken = _leaks(side, other)
         found += [*leaks, *(grams.findings(side.origins, other.origins, taken) if grams else [])]
@@ -194,6 +197,12 @@ def _same_pairs(side: _Side) -> Iterator[Finding]:
         text = f"{len(side.same_pairs)} pairs have the same text as chosen and as rejected; they teach nothing"
         examples = tuple(side.same_pairs[:MAX_EXAMPLES])
         yield Finding("same_pairs", "warning", text, len(side.same_pairs), len(side), examples)
+
+
+def _tied(side: _Side) -> Iterator[Finding]:
+    if side.tied:
+        text = f"{len(side.tied)} rankings tie all their answers; they teach nothing"
+        yield Finding("tied", "warning", text, len(side.tied), len(side), tuple(side.tied[:MAX_EXAMPLES]))
 
 
 def _leaks(side: _Side, other: _Side) -> tuple[list[Finding], set[int]]:

@@ -1,9 +1,9 @@
-"""The typed rows: `Text`, `Chat`, `Pair`, `Labelled`, `Prompt`, each with its origin as `file:line`."""
+"""The typed rows: `Text`, `Chat`, `Pair`, `Ranking`, `Labelled`, `Prompt`, each with its origin as `file:line`."""
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -46,11 +46,22 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two answers to one prompt, the better one first."""
+    """Two answers to one prompt, the better one first. `margin` is how much better, where the row says so."""
 
     prompt: tuple[Message, ...]
     chosen: str
     rejected: str
+    origin: str = ""
+    margin: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """K >= 2 answers to one prompt with the rank of each: 1 is the best, equal ranks are a tie."""
+
+    prompt: tuple[Message, ...]
+    completions: tuple[str, ...]
+    ranks: tuple[int, ...]
     origin: str = ""
 
 
@@ -74,7 +85,31 @@ class Prompt:
     origin: str = ""
 
 
-Record = Text | Chat | Pair | Labelled | Prompt
+Record = Text | Chat | Pair | Ranking | Labelled | Prompt
+
+
+def comparisons(ranks: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """(index of the better, index of the worse) for each of the C(K, 2) pairs; ties are dropped.
+
+    Ranks 2, 1, 2 give (1, 0) and (1, 2) (InstructGPT, arXiv:2203.02155, 3.5).
+    """
+    pairs = ((i, j) if ranks[i] < ranks[j] else (j, i) for i in range(len(ranks)) for j in range(i + 1, len(ranks)))
+    return tuple((i, j) for i, j in pairs if ranks[i] != ranks[j])
+
+
+def as_ranking(record: Pair | Ranking) -> Ranking:
+    """A pair as a ranking of two; a ranking as it is."""
+    if isinstance(record, Ranking):
+        return record
+    return Ranking(record.prompt, (record.chosen, record.rejected), (1, 2), record.origin)
+
+
+def pairs_of(record: Pair | Ranking) -> tuple[Pair, ...]:
+    """A ranking as its pairs, ties dropped, all with its origin; a pair as itself."""
+    if isinstance(record, Pair):
+        return (record,)
+    texts = record.completions
+    return tuple(Pair(record.prompt, texts[i], texts[j], record.origin) for i, j in comparisons(record.ranks))
 
 
 def normalised(text: str) -> str:
@@ -92,12 +127,12 @@ def input_text(record: Record) -> str:
         case Chat(messages=messages):
             last = max((i for i, m in enumerate(messages) if m.role == "assistant"), default=len(messages))
             return "\n".join(m.content for m in messages[:last])
-        case Pair(prompt=messages) | Prompt(messages=messages):
+        case Pair(prompt=messages) | Ranking(prompt=messages) | Prompt(messages=messages):
             return "\n".join(m.content for m in messages)
 
 
 def output_text(record: Record) -> str:
-    """What the model should give: the last answer, the label, the chosen candidate; empty for raw text."""
+    """What the model should give: the last answer, the label, the best candidate; empty for raw text."""
     match record:
         case Text():
             return ""
@@ -107,6 +142,8 @@ def output_text(record: Record) -> str:
             return next((m.content for m in reversed(messages) if m.role == "assistant"), "")
         case Pair(chosen=chosen):
             return chosen
+        case Ranking(completions=completions, ranks=ranks):
+            return completions[ranks.index(min(ranks))]
         case Prompt(answer=answer):
             return answer or ""
 
@@ -115,6 +152,8 @@ def full_text(record: Record) -> str:
     """Input and output together: what two rows must share to be duplicates."""
     if isinstance(record, Pair):
         return "\n".join([input_text(record), record.chosen, record.rejected])
+    if isinstance(record, Ranking):
+        return "\n".join([input_text(record), *record.completions])
     if isinstance(record, Chat):
         return "\n".join(message.content for message in record.messages)
     return f"{input_text(record)}\n{output_text(record)}"

@@ -10,7 +10,22 @@ from itertools import islice
 from tunesmith.data.convert import converter
 from tunesmith.data.detect import STAGES, Layout, Survey, recognise
 from tunesmith.data.files import DataFile
-from tunesmith.data.kinds import Chat, Labelled, Message, Pair, Prompt, Record, Text, full_text, input_text, output_text
+from tunesmith.data.kinds import (
+    Chat,
+    Labelled,
+    Message,
+    Pair,
+    Prompt,
+    Ranking,
+    Record,
+    Text,
+    as_ranking,
+    comparisons,
+    full_text,
+    input_text,
+    output_text,
+    pairs_of,
+)
 from tunesmith.data.readers import kind_of, read_rows
 from tunesmith.data.rows import MAX_LISTED, BadRow, Row, RowError, bad_row, refuse, shown
 from tunesmith.data.sources import HubRows, Spec, find
@@ -18,8 +33,8 @@ from tunesmith.data.templates import Template, get_template
 from tunesmith.errors import DataError, several
 
 __all__ = [
-    "BadRow", "Chat", "Labelled", "Message", "Pair", "Prompt", "Record", "RecordSet", "Text",
-    "full_text", "input_text", "output_text", "read_records",
+    "BadRow", "Chat", "Labelled", "Message", "Pair", "Prompt", "Ranking", "Record", "RecordSet", "Text",
+    "as_ranking", "comparisons", "full_text", "input_text", "output_text", "pairs_of", "read_records",
 ]  # fmt: skip
 
 _SAMPLED_ROWS = 64
