@@ -1,7 +1,8 @@
-"""LanguageModel: Batch -> log-probs of the targets that count, causal and masked alike."""
+"""LanguageModel: Batch -> log-probs of the targets that count, causal and masked alike; as a policy, entropies too."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,56 +13,95 @@ from tunesmith.batch import Batch, Outputs
 from tunesmith.model.heads import language_head
 from tunesmith.model.packing import Layout, choose_layout, flat_hidden, own_logits, position_offset
 from tunesmith.ops import chunked_logprobs
+from tunesmith.ops_policy import chunked_policy, policy_answer
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How a language model acts: its distribution's temperature, and whether its entropy is learned or only measured."""
+
+    temperature: float = 1.0
+    learn_entropy: bool = False
 
 
 class LanguageModel(nn.Module):
     """A transformers language model that answers with per-token log-probs, computed only where `weights > 0`.
 
     `layout` is how segments reach the backbone and `why` says why it is not packed. No `[T, V]` tensor leaves
-    the forward; packed, none exists.
+    the forward; packed, none exists. With a `policy` the answer holds entropies, and log-probs are those at its
+    temperature; with a `critic` (`model/critic.py`) it holds values, so that one loop trains both.
     """
 
-    def __init__(self, backbone: Any, *, causal: bool = True, compute: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        backbone: Any,
+        *,
+        causal: bool = True,
+        compute: torch.dtype = torch.float32,
+        policy: Policy | None = None,
+        critic: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.causal = causal
         self.compute = compute
+        self.policy = policy
+        self.critic = critic
         self.offset = position_offset(backbone)
         self._head = language_head(backbone, causal=causal)
         self.layout, self.why = choose_layout(backbone, None if self._head is None else self._packed_logits)
 
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by before they are probabilities; 1 unless a policy says otherwise."""
+        return 1.0 if self.policy is None else self.policy.temperature
+
     def forward(self, batch: Batch) -> Outputs:
-        """`Outputs.logprobs [B, T]`, nats, 0 where the weight is 0."""
+        """`Outputs.logprobs [B, T]`, nats, 0 where the weight is 0; `entropy` and `values` likewise."""
         counted = batch.weights > 0
         device, low = batch.input_ids.device.type, self.compute != torch.float32
         with torch.autocast(device, self.compute, enabled=low):
             if self.layout is Layout.PACKED:
-                values = self._packed_logprobs(batch, counted)
+                assert self._head is not None
+                hidden = flat_hidden(self.backbone, batch, causal=self.causal, offset=self.offset)[counted[0]]
+                values, entropy = self._answer(self._head.transform(hidden), batch.targets[counted])
             else:
                 logits = own_logits(self.backbone, batch, self.layout)[counted[batch.segments >= 0]]
-                values = logits.float().log_softmax(-1).gather(1, batch.targets[counted][:, None])[:, 0]
-        logprobs = torch.zeros(batch.weights.shape, dtype=torch.float32, device=values.device)
-        return Outputs(logprobs=logprobs.masked_scatter(counted, values.float()))
+                values, entropy = self._of_logits(logits, batch.targets[counted])
+            state_values = None if self.critic is None else self.critic(batch)
+        return Outputs(
+            logprobs=_spread(values, counted),
+            entropy=None if entropy is None else _spread(entropy, counted),
+            values=state_values,
+        )
 
-    def _packed_logprobs(self, batch: Batch, counted: Tensor) -> Tensor:
-        assert self._head is not None
-        hidden = flat_hidden(self.backbone, batch, causal=self.causal, offset=self.offset)[counted[0]]
-        return self._target_logprobs(self._head.transform(hidden), batch.targets[counted])
-
-    def _target_logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def _answer(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Log-probs and, for a policy, entropies `[N]` from `hidden [N, D]`."""
         head = self._head
         assert head is not None
         decoder = head.decoder
-        if type(decoder) is nn.Linear:
-            return chunked_logprobs(
-                hidden, decoder.weight, decoder.bias, targets, scale=head.scale, softcap=head.softcap
-            )
-        parts = zip(hidden.split(512), targets.split(512), strict=True)
-        return torch.cat([_checkpointed(self._wrapped_head, h, t) for h, t in parts] or [hidden.new_zeros(0)])
+        if type(decoder) is not nn.Linear:
+            pieces = zip(hidden.split(512), targets.split(512), strict=True)
+            parts = [_checkpointed(self._wrapped_head, h, t) for h, t in pieces]
+            entropies = [entropy for _, entropy in parts if entropy is not None]
+            logprobs = torch.cat([part for part, _ in parts] or [hidden.new_zeros(0)])
+            return logprobs, None if self.policy is None else torch.cat(entropies or [logprobs])
+        shape = {"scale": head.scale, "softcap": head.softcap}
+        if self.policy is None:
+            return chunked_logprobs(hidden, decoder.weight, decoder.bias, targets, **shape), None
+        return chunked_policy(
+            hidden, decoder.weight, decoder.bias, targets, **shape,
+            temperature=self.policy.temperature, learn_entropy=self.policy.learn_entropy,
+        )  # fmt: skip
 
-    def _wrapped_head(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def _of_logits(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.policy is None:
+            return logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0], None
+        return policy_answer(logits, targets, self.policy.temperature, self.policy.learn_entropy)
+
+    def _wrapped_head(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         """A head that carries an adapter: computed in parts, and again in the backward."""
-        return self._logits(hidden).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        return self._of_logits(self._logits(hidden), targets)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         head = self._head
@@ -75,5 +115,11 @@ class LanguageModel(nn.Module):
         return self._logits(self._head.transform(hidden))
 
 
-def _checkpointed(function: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+def _spread(values: Tensor, counted: Tensor) -> Tensor:
+    """Values where `counted`, 0 elsewhere, `[B, T]` fp32."""
+    rows = torch.zeros(counted.shape, dtype=torch.float32, device=values.device)
+    return rows.masked_scatter(counted, values.float())
+
+
+def _checkpointed(function: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
     return checkpoint(function, hidden, targets, use_reentrant=False)  # type: ignore[no-any-return]

@@ -24,8 +24,10 @@ ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_att
 class Rollout:
     """One completion. `ids` holds the end token when `ended`; `logprobs` has one fp32 number (nats) per id.
 
-    `logprobs` are those of the model itself (temperature 1, nothing cut off), so they equal what
-    `LanguageModel.forward` says of the same tokens, whatever temperature drew them.
+    `logprobs` are those of the model itself (its own temperature, nothing cut off), so they equal what
+    `LanguageModel.forward` says of the same tokens, whatever temperature drew them. `text` is the completion without
+    special tokens; a stop string that ended it (`stop`) and what its last token wrote behind it are cut off there,
+    while `ids` keep every token that was drawn: stopping was the policy's own choice and is learned from.
     """
 
     prompt_ids: tuple[int, ...]
@@ -34,6 +36,8 @@ class Rollout:
     ended: bool
     prompt_index: int = 0
     sample_index: int = 0
+    text: str = ""
+    stop: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,33 @@ class _Row:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     ended: bool = False
+    stop: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stops:
+    """What ends a completion: token ids, and strings looked for in the text of the last `window` tokens."""
+
+    ids: frozenset[int]
+    strings: tuple[str, ...]
+    tokenizer: Any
+    hidden: frozenset[int]
+
+    def found(self, ids: Sequence[int]) -> str:
+        """The string that the newest token completes, or nothing.
+
+        A token that shows writes at least one byte, so no string lies outside the last `4 * len + 4` of them; the
+        first of these may have lost a leading space to the decoder, so four are there to spare.
+        """
+        if not self.strings:
+            return ""
+        window = 4 * max(len(string) for string in self.strings) + 4
+        shown = [i for i in ids if i not in self.hidden]
+        tail = self.tokenizer.decode(shown[-window:])
+        if not any(string in tail for string in self.strings):
+            return ""
+        whole = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return first_stop(whole, self.strings)
 
 
 class Sampler:
@@ -104,22 +135,25 @@ class Sampler:
         max_tokens: int = 64,
         seed: int = 0,
         stop_ids: Sequence[int] = (),
+        stop: Sequence[str] = (),
     ) -> list[Rollout]:
         """`num_per_prompt` rollouts of every prompt, in the prompts' order.
 
         Rollout k of prompt i draws from a stream seeded by (seed, i, k): its neighbours do not change it.
-        An end token is the tokenizer's, the generation config's, or one of `stop_ids`.
+        An end token is the tokenizer's, the generation config's, or one of `stop_ids`; a completion also ends with
+        the token that completes one of the strings in `stop`, wherever tokens begin and end.
         """
         draw = Draw(temperature, top_p, top_k)
-        self._check(prompts, num_per_prompt, max_tokens)
-        stops = frozenset(self.end_ids()) | frozenset(int(i) for i in stop_ids)
+        self._check(prompts, num_per_prompt, max_tokens, stop)
+        ends = frozenset(self.end_ids()) | frozenset(int(i) for i in stop_ids)
+        stops = _Stops(ends, tuple(stop), self.tokenizer, frozenset(self.tokenizer.all_special_ids))
         done: dict[tuple[int, int], _Row] = {}
         with _evaluating(self.model):
             for indices in self._groups(prompts, num_per_prompt, max_tokens):
                 rows = [self._row(i, k, prompts[i], max_tokens, seed) for i in indices for k in range(num_per_prompt)]
                 self._complete(rows, num_per_prompt, draw, stops)
                 done.update({(row.index, row.number): row for row in rows})
-        return [_rollout(done[i, k]) for i in range(len(prompts)) for k in range(num_per_prompt)]
+        return [self._rollout(done[i, k]) for i in range(len(prompts)) for k in range(num_per_prompt)]
 
     def end_ids(self) -> tuple[int, ...]:
         """Ids that end a completion: the tokenizer's end token and those of the generation config."""
@@ -128,7 +162,9 @@ class Sampler:
         flat = [i for entry in found for i in (entry if isinstance(entry, list) else [entry])]
         return tuple(sorted({int(i) for i in flat if i is not None}))
 
-    def _check(self, prompts: Sequence[Sequence[int]], num_per_prompt: int, max_tokens: int) -> None:
+    def _check(
+        self, prompts: Sequence[Sequence[int]], num_per_prompt: int, max_tokens: int, stop: Sequence[str]
+    ) -> None:
         problems = [
             f"prompt {i} is empty: begin with a token, for instance bos" for i, p in enumerate(prompts) if len(p) == 0
         ]
@@ -140,6 +176,8 @@ class Sampler:
             ]
         if num_per_prompt < 1 or max_tokens < 1:
             problems.append(f"num_per_prompt {num_per_prompt} and max_tokens {max_tokens} must be at least 1")
+        if not all(stop):
+            problems.append("a stop string is empty: it would end every completion at once")
         if problems:
             more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
             raise ModelError("sampling: " + "; ".join(problems[:20]) + more)
@@ -148,6 +186,14 @@ class Sampler:
         room = max_tokens if self._max_positions is None else min(max_tokens, self._max_positions - len(prompt))
         generator = torch.Generator(device=self.model.backbone.device).manual_seed(stream_seed(seed, index, number))
         return _Row(index, number, prompt, room, generator)
+
+    def _rollout(self, row: _Row) -> Rollout:
+        prompt = tuple(int(i) for i in row.prompt)
+        text = str(self.tokenizer.decode(row.ids, skip_special_tokens=True))
+        if row.stop:
+            text = text[: text.index(row.stop)]
+        ids, logprobs = tuple(row.ids), tuple(row.logprobs)
+        return Rollout(prompt, ids, logprobs, row.ended, row.index, row.number, text, row.stop)
 
     def _groups(self, prompts: Sequence[Sequence[int]], num: int, max_tokens: int) -> Iterator[list[int]]:
         """Indices of prompts that share a batch: sorted by length, within the cache budget."""
@@ -161,7 +207,7 @@ class Sampler:
         if group:
             yield group
 
-    def _complete(self, rows: list[_Row], num: int, draw: Draw, stops: frozenset[int]) -> None:
+    def _complete(self, rows: list[_Row], num: int, draw: Draw, stops: _Stops) -> None:
         """Grow every row until it ends. The prompt runs once for `num` neighbouring rows."""
         device = self.model.backbone.device
         ids, mask = _left_padded([row.prompt for row in rows[::num]], self._pad_id, device)
@@ -170,7 +216,9 @@ class Sampler:
         if cache is not None and num > 1:
             cache.batch_repeat_interleave(num)
         while True:
-            tokens, logprobs = next_tokens(logits, draw, [row.generator for row in rows])
+            tokens, logprobs = next_tokens(
+                logits, draw, [row.generator for row in rows], temperature=self.model.temperature
+            )
             alive = _grow(rows, tokens, logprobs, stops)
             if not alive:
                 return
@@ -205,14 +253,22 @@ class Sampler:
         return out.logits[:, -1].float(), out[str(self._cache_name)]
 
 
+def first_stop(text: str, strings: Sequence[str]) -> str:
+    """The string that begins first in `text` (the longest of several at one place), or nothing."""
+    places = [(text.index(string), -len(string), string) for string in strings if string in text]
+    return min(places)[2] if places else ""
+
+
 def stream_seed(seed: int, index: int, number: int) -> int:
     """A 63-bit seed for rollout `number` of prompt `index`; near arguments give unrelated seeds."""
     digest = hashlib.blake2b(f"rollout/{seed}/{index}/{number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def next_tokens(logits: Tensor, draw: Draw, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
-    """Draw one token per row: `logits [N, V]` -> ids `[N]` and the model's own log-probs `[N]`, nats.
+def next_tokens(
+    logits: Tensor, draw: Draw, generators: Sequence[torch.Generator], *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Draw one token per row: `logits [N, V]` -> ids `[N]` and the log-probs `[N]` (nats) at the model's `temperature`.
 
     Exponential race: argmax of p / e with e ~ Exp(1) has the distribution p, without a cumulative sum.
     """
@@ -224,7 +280,8 @@ def next_tokens(logits: Tensor, draw: Draw, generators: Sequence[torch.Generator
         for row, generator in zip(noise, generators, strict=True):
             row.exponential_(generator=generator)
         tokens = (probabilities / noise.clamp_min(torch.finfo(noise.dtype).tiny)).argmax(1)
-    return tokens, logits.log_softmax(1).gather(1, tokens[:, None])[:, 0]
+    own = logits if temperature == 1.0 else logits / temperature
+    return tokens, own.log_softmax(1).gather(1, tokens[:, None])[:, 0]
 
 
 def cut(logits: Tensor, draw: Draw) -> Tensor:
@@ -251,21 +308,17 @@ def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: Any) -> 
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def _grow(rows: Sequence[_Row], tokens: Tensor, logprobs: Tensor, stops: frozenset[int]) -> list[int]:
+def _grow(rows: Sequence[_Row], tokens: Tensor, logprobs: Tensor, stops: _Stops) -> list[int]:
     """Append what was drawn; indices of the rows that go on."""
     alive = []
     for i, (row, token, logprob) in enumerate(zip(rows, tokens.tolist(), logprobs.tolist(), strict=True)):
         row.ids.append(token)
         row.logprobs.append(logprob)
-        row.ended = token in stops
+        row.stop = "" if token in stops.ids else stops.found(row.ids)
+        row.ended = token in stops.ids or bool(row.stop)
         if not row.ended and len(row.ids) < row.limit:
             alive.append(i)
     return alive
-
-
-def _rollout(row: _Row) -> Rollout:
-    prompt = tuple(int(i) for i in row.prompt)
-    return Rollout(prompt, tuple(row.ids), tuple(row.logprobs), row.ended, row.index, row.number)
 
 
 @contextmanager
