@@ -17,9 +17,9 @@ from torch import Tensor
 class Sample:
     """Token ids and, for every token, how much predicting it counts. Unshifted, so it can be printed.
 
-    `ids [L]` int32 · `weights [L]` float32, the first always 0 · `columns` name -> `[L]` or `[L, K]` ·
-    `label` a class index or, multi-label, one 0/1 per class · `group` samples that must stay in one batch ·
-    `origin` where the record stands, as `file:line`.
+    `ids [L]` int32 · `weights [L]` float32, the first always 0 · `columns` name -> `[L]` or `[L, K]`, entry i about
+    predicting token i, as in `weights` · `label` a class index, a rank (1 is the best) or, multi-label, one 0/1 per
+    class · `group` samples that must stay in one batch · `origin` where the record stands, as `file:line`.
     """
 
     ids: np.ndarray
@@ -44,7 +44,9 @@ class Batch:
 
     `input_ids targets weights positions segments` are `[B, T]`; `segments` counts 0..S-1 in reading order and is
     -1 on padding; `positions` restart at 0 in each segment. `targets[t]` is what position t predicts, and
-    `weights[t]` how much that counts. `labels` is `[S]` (classes) or `[S, C]` (multi-label).
+    `weights[t]` how much that counts; `columns`, `[B, T]` or `[B, T, K]`, stand like the weights: entry t is about
+    `targets[t]`, beside `Outputs.logprobs[t]`. `labels` is `[S]` (classes, ranks) or `[S, C]` (multi-label);
+    `groups [S]` says which segments belong together (a pair, the answers to one prompt).
     """
 
     input_ids: Tensor
@@ -54,6 +56,7 @@ class Batch:
     segments: Tensor
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     labels: Tensor | None = None
+    groups: Tensor | None = None
     origins: tuple[str, ...] = ()
     lengths: tuple[int, ...] = ()
 
@@ -64,6 +67,8 @@ class Batch:
         assert sum(self.lengths) == int((self.segments >= 0).sum()), "lengths do not add up to the tokens"
         if self.labels is not None:
             assert len(self.labels) == self.num_segments, "one label per segment"
+        if self.groups is not None:
+            assert len(self.groups) == self.num_segments, "one group per segment"
 
     @property
     def num_segments(self) -> int:
@@ -91,6 +96,7 @@ class Batch:
             segments=self.segments.to(device),
             columns={name: column.to(device) for name, column in self.columns.items()},
             labels=None if self.labels is None else self.labels.to(device),
+            groups=None if self.groups is None else self.groups.to(device),
         )
 
 

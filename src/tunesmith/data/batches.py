@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,15 +44,21 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """One flat row: targets are the next token inside each segment, and a segment's last position has weight 0.
 
     Segments [5 6 7] (weights 0 1 1) and [8 9] (weights 0 1) give input_ids 5 6 7 8 9, targets 6 7 7 9 9 and
-    weights 1 1 0 1 0.
+    weights 1 1 0 1 0. Columns are shifted like the weights, so that entry t is about `targets[t]`.
     """
     lengths = tuple(len(sample) for sample in samples)
     ids = np.concatenate([sample.ids for sample in samples]).astype(np.int64)
-    weights = np.concatenate([np.append(sample.weights[1:], np.float32(0)) for sample in samples])
+    weights = np.concatenate([_shifted(sample.weights) for sample in samples])
     targets = np.append(ids[1:], ids[-1])
     ends = np.cumsum(lengths) - 1
     targets[ends] = ids[ends]
-    return _flat(samples, lengths, ids, targets, weights)
+    columns = {name: np.concatenate([_shifted(s.columns[name]) for s in samples]) for name in samples[0].columns}
+    return _flat(samples, lengths, ids, targets, weights, columns=columns)
+
+
+def _shifted(column: NDArray[Any]) -> NDArray[Any]:
+    """`[L]` or `[L, K]` one place to the left, the last place 0: from the token itself to what predicts it."""
+    return np.concatenate([column[1:], np.zeros_like(column[:1])])
 
 
 def collate_mlm(
@@ -81,7 +88,8 @@ def collate_mlm(
         seen.append(np.where(holes & (kind >= 0.9), random, ids))
         weights.append(holes.astype(np.float32))
     targets = np.concatenate([sample.ids for sample in samples]).astype(np.int64)
-    return _flat(samples, lengths, np.concatenate(seen), targets, np.concatenate(weights))
+    columns = {name: np.concatenate([s.columns[name] for s in samples]) for name in samples[0].columns}
+    return _flat(samples, lengths, np.concatenate(seen), targets, np.concatenate(weights), columns=columns)
 
 
 def _holes(sample: Sample, special_ids: Sequence[int], rate: float, draw: np.random.Generator) -> NDArray[np.bool_]:
@@ -93,18 +101,23 @@ def _holes(sample: Sample, special_ids: Sequence[int], rate: float, draw: np.ran
 
 
 def _flat(
-    samples: Sequence[Sample], lengths: tuple[int, ...], ids: Ints, targets: Ints, weights: NDArray[np.float32]
+    samples: Sequence[Sample],
+    lengths: tuple[int, ...],
+    ids: Ints,
+    targets: Ints,
+    weights: NDArray[np.float32],
+    *,
+    columns: Mapping[str, NDArray[Any]],
 ) -> Batch:
     sizes = np.asarray(lengths)
     starts = np.cumsum(sizes) - sizes
     segments = np.repeat(np.arange(len(sizes)), sizes)
     positions = np.arange(len(ids)) - np.repeat(starts, sizes)
-    names = samples[0].columns.keys()
-    columns = {name: torch.from_numpy(np.concatenate([s.columns[name] for s in samples]))[None] for name in names}
     row = [torch.from_numpy(np.ascontiguousarray(part))[None] for part in (ids, targets, weights, positions, segments)]
     return Batch(
-        *row, columns=columns, labels=_labels(samples), origins=tuple(s.origin for s in samples), lengths=lengths
-    )
+        *row, columns={name: torch.from_numpy(column)[None] for name, column in columns.items()},
+        labels=_labels(samples), groups=_groups(samples), origins=tuple(s.origin for s in samples), lengths=lengths,
+    )  # fmt: skip
 
 
 def _labels(samples: Sequence[Sample]) -> Tensor | None:
@@ -112,4 +125,12 @@ def _labels(samples: Sequence[Sample]) -> Tensor | None:
     if not found:
         return None
     assert len(found) == len(samples), "either all samples of a batch have a label or none"
+    return torch.tensor(found)
+
+
+def _groups(samples: Sequence[Sample]) -> Tensor | None:
+    found = [sample.group for sample in samples if sample.group is not None]
+    if not found:
+        return None
+    assert len(found) == len(samples), "either all samples of a batch have a group or none"
     return torch.tensor(found)

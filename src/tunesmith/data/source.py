@@ -32,7 +32,8 @@ class OfflineSource:
     """Every row once an epoch, shuffled by (seed, epoch), `batch_examples` rows or about `batch_tokens` tokens a step.
 
     The last step of an epoch takes what is left. A step's rows are packed into micro-batches of at most
-    `micro_batch_tokens`. `make_batch(samples, step)` collates.
+    `micro_batch_tokens`. `make_batch(samples, step)` collates. Where `groups [n]` is given, neighbouring samples with
+    the same group are one row: shuffled as one, never split over steps or micro-batches, counted as one example.
     """
 
     def __init__(
@@ -45,13 +46,15 @@ class OfflineSource:
         batch_examples: int | None = None,
         batch_tokens: int | None = None,
         micro_batch_tokens: int = 8192,
+        groups: Ints | None = None,
         make_batch: Callable[[Sequence[Sample], int], Batch] = _in_order,
     ) -> None:
         assert (num_epochs is None) != (num_steps is None), "epochs or steps"
         assert (batch_examples is None) != (batch_tokens is None), "examples or tokens"
         self._store, self._seed, self._make = store, seed, make_batch
         self._examples, self._tokens, self._micro = batch_examples, batch_tokens, micro_batch_tokens
-        self._lengths = np.asarray(store.lengths)
+        self._bounds = _bounds(len(store), groups)
+        self._lengths = np.add.reduceat(np.asarray(store.lengths), self._bounds[:-1])
         self.steps_per_epoch = len(self._starts(0))
         self.num_steps = num_steps if num_steps is not None else math.ceil((num_epochs or 0) * self.steps_per_epoch)
 
@@ -59,10 +62,15 @@ class OfflineSource:
         """The micro-batches of `step`, counted from 1."""
         rows = self.rows_at(step)
         lengths = [int(self._lengths[row]) for row in rows]
-        return [self._make([self._store[i] for i in part], step) for part in pack(lengths, rows, self._micro)]
+        parts = pack(lengths, rows, self._micro)
+        return [self._make([self._store[i] for row in part for i in self.samples_of(row)], step) for part in parts]
+
+    def samples_of(self, row: int) -> range:
+        """Indices of a row's samples: one, or all of its group."""
+        return range(int(self._bounds[row]), int(self._bounds[row + 1]))
 
     def rows_at(self, step: int) -> list[int]:
-        """Indices of the samples of `step`."""
+        """Rows of `step`: samples, or groups of them, by their order in the store."""
         epoch, inside = divmod(step - 1, self.steps_per_epoch)
         starts = self._starts(epoch)
         order = _order(len(self._lengths), self._seed, epoch)
@@ -92,6 +100,13 @@ class OfflineSource:
         steps = max(1, round(int(self._lengths.sum()) / self._tokens))
         marks = np.arange(steps) * (int(self._lengths.sum()) / steps)
         return np.minimum(np.unique(np.searchsorted(before, marks)), num - 1) if steps <= num else np.arange(num)
+
+
+def _bounds(num_samples: int, groups: Ints | None) -> Ints:
+    """Where each row begins in the store, and the end: `[rows + 1]`."""
+    if groups is None:
+        return np.arange(num_samples + 1)
+    return np.concatenate([[0], np.flatnonzero(np.diff(groups)) + 1, [num_samples]])
 
 
 @lru_cache(maxsize=2)

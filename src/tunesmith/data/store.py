@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
@@ -20,8 +19,9 @@ from tunesmith.data.encode import Encoder
 from tunesmith.data.kinds import Record
 from tunesmith.errors import DataError
 
-VERSION = 1
-_FILES = {"ids": np.int32, "weights": np.float32, "offsets": np.int64, "labels": np.float32, "origin_offsets": np.int64}
+VERSION = 2
+_FILES = {"ids": np.int32, "weights": np.float32, "offsets": np.int64, "labels": np.float32,
+          "groups": np.int64, "origin_offsets": np.int64}  # fmt: skip
 
 
 class Records(Protocol):
@@ -35,7 +35,10 @@ class Records(Protocol):
 
 @dataclass(slots=True)
 class SampleStore:
-    """Samples by index. `lengths [n]` are tokens, `tally` what encoding cut or dropped."""
+    """Samples by index. `lengths [n]` are tokens, `tally` what encoding cut or dropped.
+
+    `groups [n]` numbers the records whose samples stay together (the answers to one prompt), or is None.
+    """
 
     folder: Path
     fingerprint: str
@@ -44,6 +47,7 @@ class SampleStore:
     num_targets: float
     label_width: int
     lengths: NDArray[np.int64]
+    groups: NDArray[np.int64] | None
     _arrays: dict[str, Any] = field(repr=False)
     _origins: Any = field(repr=False)
 
@@ -56,6 +60,7 @@ class SampleStore:
         return Sample(
             np.array(self._arrays["ids"][part]), np.array(self._arrays["weights"][part]),
             label=self._label(index), origin=self.origin(index),
+            group=None if self.groups is None else int(self.groups[index]),
         )  # fmt: skip
 
     def __iter__(self) -> Iterator[Sample]:
@@ -115,8 +120,9 @@ def _write_samples(records: Iterable[Record], encoder: Encoder, folder: Path) ->
     with (
         (folder / "ids").open("wb") as ids, (folder / "weights").open("wb") as weights,
         (folder / "labels").open("wb") as labels, (folder / "origins").open("wb") as names,
+        (folder / "groups").open("wb") as groups,
     ):  # fmt: skip
-        for sample in itertools.chain.from_iterable(map(encoder, records)):
+        for number, sample in _numbered(map(encoder, records)):
             ids.write(sample.ids.tobytes())
             weights.write(sample.weights.tobytes())
             targets += float(sample.weights.sum())
@@ -124,6 +130,8 @@ def _write_samples(records: Iterable[Record], encoder: Encoder, folder: Path) ->
                 row = np.asarray(sample.label, np.float32).reshape(-1)
                 width = len(row)
                 labels.write(row.tobytes())
+            if sample.group is not None:
+                groups.write(np.int64(number).tobytes())
             lengths.append(len(sample))
             origins.append(origins[-1] + names.write(sample.origin.encode()))
     _refuse_too_long(lengths, encoder)
@@ -134,6 +142,11 @@ def _write_samples(records: Iterable[Record], encoder: Encoder, folder: Path) ->
     return {
         "version": VERSION, "tally": dict(encoder.tally), "num_targets": targets, "label_width": width, "sizes": sizes
     }  # fmt: skip
+
+
+def _numbered(encoded: Iterable[list[Sample]]) -> Iterator[tuple[int, Sample]]:
+    """(number of the record, sample), for every sample of every record."""
+    return ((number, sample) for number, samples in enumerate(encoded) for sample in samples)
 
 
 def _refuse_too_long(lengths: list[int], encoder: Encoder) -> None:
@@ -160,8 +173,8 @@ def _open(folder: Path, key: str) -> SampleStore | None:
     arrays = {name: _map(folder / name, np.dtype(kind)) for name, kind in _FILES.items()}
     lengths = np.diff(arrays["offsets"])
     return SampleStore(
-        folder, key, meta["tally"], int(lengths.sum()), meta["num_targets"], meta["label_width"], lengths, arrays,
-        _map(folder / "origins", np.dtype(np.uint8)),
+        folder, key, meta["tally"], int(lengths.sum()), meta["num_targets"], meta["label_width"], lengths,
+        arrays["groups"] if len(arrays["groups"]) else None, arrays, _map(folder / "origins", np.dtype(np.uint8)),
     )  # fmt: skip
 
 
