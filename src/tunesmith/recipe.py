@@ -37,23 +37,41 @@ class Recipe(Section):
     """A whole run."""
 
     stage: StageName
+    """What is trained: the objective and the kind of rows."""
     base: str
+    """The pre-trained model: a folder or a hub id, with `@revision` if wanted."""
     data: DataSpec
+    """What is read."""
     run: str | None = None
+    """Name of the run under ./runs, or a folder; stage and time when not set."""
     seed: Annotated[int, Field(ge=0)] = 42
+    """Decides order, splits, new heads, dropout and sampling."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the matrix products; `auto` takes bfloat16 where it is measurably faster."""
     device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, `mps`; `auto` takes the first of cuda, mps, cpu."""
     threads: Positive | None = None
+    """CPU threads; torch's own choice when not set."""
     trust_remote_code: str | None = None
+    """Runs code that comes with a model: must name exactly the base, with its commit."""
     tune: TuneSpec = Field(default_factory=TuneSpec)
+    """Which parameters learn."""
     train: TrainSpec = Field(default_factory=TrainSpec)
+    """How the loop runs."""
     evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)
+    """What is measured beside the loss."""
     reward_model: RewardModelSpec | None = None
+    """How a reward model learns."""
     dpo: DpoSpec | None = None
+    """Preference learning without a reward model."""
     reward: RewardSpec | None = None
+    """What a completion earns."""
     sampling: SamplingSpec | None = None
+    """How rollouts are drawn."""
     ppo: PpoSpec | None = None
+    """Proximal policy optimisation."""
     grpo: GrpoSpec | None = None
+    """Group-relative policy optimisation."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,108 +21,171 @@ class MixPart(Section):
     """One of several training sets and how much of the mix it is."""
 
     path: str
+    """A file, folder, glob or hub id."""
     weight: Annotated[float, Field(gt=0)] = 1.0
+    """Its share of the mix, relative to the other parts."""
     format: str | None = None
+    """As `data.format`, for this part."""
     columns: dict[str, str] | None = None
+    """As `data.columns`, for this part."""
     template: str | None = None
+    """As `data.template`, for this part."""
 
 
 class SplitSpec(Section):
     """Shares of `train` to hold out when no `eval` or `test` is named."""
 
     eval: Share = 0.1
+    """Share of the rows to measure on and to choose the checkpoint by."""
     test: Share = 0.0
+    """Share of the rows to measure on before and after, and for nothing else."""
 
 
 class DataSpec(Section):
     """What is read and how it is turned into samples."""
 
     train: str | None = None
+    """A file, folder, glob or hub id (`owner/name:split`) to train on."""
     mix: list[MixPart] | None = None
+    """Several training sets with weights, instead of `train`."""
     eval: str | None = None
+    """Held-out rows: measured before and after, and the checkpoint is chosen by them."""
     test: str | None = None
+    """Rows that are measured before and after and used for nothing else."""
     split: SplitSpec | None = None
+    """Hold out a share of `train` instead of naming `eval` or `test`."""
     group_key: str | None = None
+    """Column whose equal values stay on one side of a split."""
     format: str | None = None
+    """Format of the rows, when recognition should not be left to chance."""
     columns: dict[str, str] | None = None
+    """Column of each role, as in `{question: Frage, answer: Antwort}`."""
     template: str | None = None
+    """A built-in template by name, or text with `{column}` placeholders, the last one being learned."""
     max_length: Positive | None = None
+    """Most tokens in a sample; the base's context when not set."""
     on_too_long: Literal["error", "truncate_left", "truncate_right", "split", "drop"] = "error"
+    """What happens to longer rows. `split` is for pretrain and mlm."""
     on_bad_row: Literal["error", "skip"] = "error"
+    """Stop at broken rows, or leave them out and count them."""
     on_overlap: Literal["error", "allow"] = "error"
+    """Stop when held-out rows also stand in train, or train all the same."""
     train_on_prompt: bool = False
+    """Train on every token of a conversation instead of the answers alone."""
     multi_label: bool = False
+    """A row may have several labels, or none."""
     mask_rate: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of the tokens that are masked (BERT, 1810.04805, 3.1)."""
 
 
 class TuneSpec(Section):
     """Which parameters learn."""
 
     method: Literal["full", "last_layers", "head", "lora", "bias", "peft"] = "lora"
+    """Everything, the last blocks, a new head, LoRA, biases, or another PEFT method."""
     layers: Positive | None = None
+    """How many blocks, counted from the end."""
     rank: Positive | None = None
+    """Rank of LoRA's update (2106.09685, 4.1)."""
     alpha: Annotated[float, Field(gt=0)] | None = None
+    """The update is scaled by alpha / rank; twice the rank when not set."""
     dropout: Share | None = None
+    """Dropout on the adapter's input."""
     targets: Literal["all-linear"] | list[str] | None = None
+    """Layers that get an adapter: names or their endings, or `all-linear` (all but the head)."""
     init: Literal["default", "pissa"] | None = None
+    """`default`: A random, B zero; `pissa`: the leading singular vectors (2404.02948)."""
     rank_stabilized: bool | None = None
+    """Scale by alpha / sqrt(rank) (2312.03732)."""
     dora: bool | None = None
+    """Learn magnitude and direction apart (2402.09353)."""
     train_also: list[str] | None = None
+    """Modules trained fully beside the adapter, by name; `embeddings` and `head` fit every family."""
     adapter: str | None = None
+    """Folder of an adapter to go on from."""
     peft: dict[str, Any] | None = None
+    """Configuration of the PEFT method, `peft_type` included."""
 
 
 class StoppingSpec(Section):
     """Stop when the selected metric has not improved for `patience` evaluations."""
 
     patience: Positive
+    """Evaluations without a better value before the run ends."""
 
 
 class TrainSpec(Section):
     """How the loop runs."""
 
     epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training rows; may be a fraction."""
     steps: Positive | None = None
+    """Optimizer steps, instead of `epochs`."""
     batch_examples: Positive | None = None
+    """Rows in a step."""
     batch_tokens: Positive | None = None
+    """Tokens in a step, about, instead of `batch_examples`."""
     micro_batch_tokens: Positive = 8192
+    """Most tokens in one forward; bounds memory, changes nothing else."""
     learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
+    """Peak rate; depends on the stage and the method when not set."""
     adapter_b_rate_ratio: Annotated[float, Field(gt=0)] | None = None
+    """Rate of LoRA's B over that of A (LoRA+, 2402.12354)."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW (1711.05101) or plain SGD."""
     beta1: Share = 0.9
+    """AdamW's decay of the mean gradient."""
     beta2: Share = 0.999
+    """AdamW's decay of the mean squared gradient."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the rate falls after warm-up: in a line to 0, by a half cosine to 0, or not at all."""
     warmup: Annotated[float, Field(ge=0)] = 0.0
+    """Steps in which the rate rises: a share of all steps below 1, else a number of steps."""
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of matrices; biases and norms are not decayed."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Most that the norm of a step's gradient may be; null leaves it alone."""
     eval_every: Positive | None = None
+    """Steps between evaluations; the end of every epoch when not set."""
     save_every: Positive | None = None
+    """Steps between checkpoints; the end of every epoch when not set. Evaluations save too."""
     keep: Positive = 2
+    """Newest checkpoints that stay; the best one stays besides."""
     select_by: str | None = None
+    """Metric by which the best checkpoint is chosen; null keeps the last."""
     early_stopping: StoppingSpec | None = None
+    """End the run when `select_by` stops improving."""
     checkpoint_activations: bool = False
+    """Compute activations again in the backward: less memory, more time."""
 
 
 class GenerateSpec(Section):
     """How completions for the evaluation are sampled."""
 
     max_tokens: Positive = 128
+    """Most tokens of a completion."""
     examples: Positive = 50
+    """Held-out prompts that are completed, spread evenly."""
 
 
 class EvaluateSpec(Section):
     """What is measured before and after, beside the loss."""
 
     samples: Annotated[int, Field(ge=0)] = 5
+    """Held-out prompts whose completions are shown before and after."""
     generate: GenerateSpec | None = None
+    """Complete held-out prompts and compare with the answers: exact match, ROUGE-L, BLEU, share that end."""
     probe: str | None = None
+    """Text outside the task on which forgetting is measured; a built-in one when not set."""
     sentences: list[str] = Field(default_factory=list)
+    """Texts of yours that are classified before and after."""
 
 
 class LengthSpec(Section):
     """Reward by length: 1 at `target` tokens, falling in a straight line to 0 at a distance of `target` tokens."""
 
     target: Positive
+    """Tokens at which the reward is 1."""
 
 
 class RewardSpec(Section):
@@ -147,8 +210,11 @@ class RewardSpec(Section):
     answer_pattern: str | None = None
     """Where the answer stands in a completion: the last match's first group. Without it: the whole completion."""
     length: LengthSpec | None = None
+    """Reward by the number of tokens."""
     weights: dict[str, float] | None = None
+    """Weight of each part by its name; 1 when not named."""
     clip: Annotated[float, Field(gt=0)] | None = None
+    """Bound of the summed reward on both sides."""
 
 
 class RewardModelSpec(Section):
@@ -168,17 +234,24 @@ class SamplingSpec(Section):
     """How rollouts are drawn. The policy that is trained is the one at temperature 1 without cuts."""
 
     max_tokens: Positive = 64
+    """Most tokens of a completion."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Divides the logits before drawing."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the likeliest tokens that hold this much probability; 1 cuts nothing."""
     top_k: Annotated[int, Field(ge=0)] = 0
+    """Draw from this many likeliest tokens; 0 cuts nothing."""
     stop: list[str] | None = None
+    """Texts that end a completion."""
     num_per_prompt: Positive | None = None
+    """Completions of each prompt."""
 
 
 class DpoSpec(Section):
     """Preference learning without a reward model."""
 
     loss: Literal["sigmoid", "ipo", "hinge", "orpo", "simpo"] = "sigmoid"
+    """Which loss: DPO, IPO, hinge (SLiC), or the reference-free ORPO and SimPO."""
     beta: Annotated[float, Field(gt=0)] | None = None
     """How much a unit of log-ratio counts; for orpo the weight of its odds-ratio term (lambda)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = None
@@ -206,10 +279,15 @@ class PpoSpec(Section):
     kl_target: Annotated[float, Field(gt=0)] | None = None
     """Adapt `kl_coef` so that the KL of a completion stays near this many nats; fixed without it."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Discount of later rewards; 1 is none."""
     lam: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Lambda of generalised advantage estimation (1506.02438)."""
     value_coef: Annotated[float, Field(ge=0)] = 0.1
+    """Weight of the value loss."""
     value_clip: Annotated[float, Field(gt=0)] | None = 0.2
+    """How far a value may move from its old estimate in the loss; null lets it."""
     entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the policy's entropy."""
     whiten: bool = True
     """Advantages of a round get mean 0 and variance 1."""
     end_bonus: float = 0.0
@@ -219,9 +297,11 @@ class PpoSpec(Section):
     critic: Literal["own", "shared"] = "own"
     """`own`: a second model, started from the reward model where there is one; `shared`: a head on the policy."""
     critic_learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
+    """The critic's own rate."""
     ptx_coef: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the log-likelihood of `ptx_data`, mixed in (PPO-ptx); 0 is plain PPO."""
     ptx_data: str | None = None
+    """Text for `ptx_coef`: a file, folder, glob or hub id."""
     ptx_ratio: Annotated[float, Field(gt=0)] = 1.0
     """Texts of `ptx_data` for each rollout."""
 
@@ -236,12 +316,17 @@ class GrpoSpec(Section):
     group: Annotated[int, Field(ge=2)] = 8
     """Completions of each prompt."""
     epochs: Positive = 1
+    """Passes over a round's rollouts."""
     minibatches: Positive = 1
+    """Optimizer steps in a pass."""
     clip: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """How far the ratio may fall below 1."""
     clip_high: Annotated[float, Field(gt=0)] | None = None
+    """How far the ratio may rise above 1; `clip` when not set."""
     kl_coef: Annotated[float, Field(ge=0)] | None = None
     """Weight of the KL to the reference in the loss; with 0 there is no reference."""
     baseline: Literal["mean", "leave_one_out"] | None = None
+    """What a reward is compared with: its group's mean, or the mean of the others."""
     normalise: Literal["std", "none"] | None = None
     """Divide a group's advantages by its standard deviation, or not."""
     length_normalisation: Literal["completion", "token", "constant", "sum"] | None = None
