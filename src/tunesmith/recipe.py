@@ -99,29 +99,59 @@ def _useful(values: Mapping[str, Any], stage: str, defaults: Mapping[str, Any], 
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a user wrote, before any check: values, the line of every path, the origin of every dotted key."""
+
+    values: dict[str, Any]
+    lines: Lines
+    origins: dict[str, str]
+    name: str
+    folder: Path
+
+
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Resolved:
     """Read, override (`key.path=value`), check and fill in a recipe.
 
     Raises `RecipeError` that lists every problem with its line and the nearest right name.
     """
-    if isinstance(source, Mapping):
-        raw, lines, name, folder = _copy(source), {}, "recipe", Path.cwd()
-        origins = dict.fromkeys(_leaves(raw), "user")
-    else:
-        path = Path(source)
-        raw, lines, origins = _read_chain(path, ())
-        name, folder = str(path), path.resolve().parent
-    problems = _apply_overrides(raw, overrides, origins)
-    problems += _unsupported(raw, lines, name)
+    written = read_written(source)
+    problems = apply_overrides(written.values, overrides, written.origins)
+    problems += _unsupported(written.values, written.lines, written.name)
     if problems:
-        raise several(problems, RecipeError, headline=f"{name} cannot be run:")
-    recipe = _validate(raw, lines, name)
+        raise several(problems, RecipeError, headline=f"{written.name} cannot be run:")
+    resolved, found = examine(written)
+    if resolved is None:
+        raise several([text for _, text in found], RecipeError, headline=f"{written.name} cannot be run:")
+    return resolved
+
+
+def read_written(source: str | Path | Mapping[str, Any]) -> Written:
+    """A recipe as it stands, with what it extends; `RecipeError` when it is no YAML or no mapping."""
+    if isinstance(source, Mapping):
+        raw = _copy(source)
+        return Written(raw, {}, dict.fromkeys(leaves(raw), "user"), "recipe", Path.cwd())
+    path = Path(source)
+    raw, lines, origins = _read_extended(path, ())
+    return Written(raw, lines, origins, str(path), path.resolve().parent)
+
+
+def examine(written: Written) -> tuple[Resolved | None, list[tuple[str, str]]]:
+    """The recipe filled in, or None and its problems as (dotted key, what is wrong and where)."""
+    raw, lines, name = written.values, written.lines, written.name
+    try:
+        recipe = Recipe.model_validate(dict(raw))
+    except ValidationError as error:
+        return None, [_explain(item, lines, name) for item in error.errors()]
     problems, warnings = check_together(raw, recipe.model_dump())
     if problems:
-        raise several(
-            [_at(name, lines, key, text) for key, text in problems], RecipeError, headline=f"{name} cannot be run:"
-        )
-    return _fill(raw, recipe, origins, warnings, folder)
+        return None, [(key, _at(name, lines, key, text)) for key, text in problems]
+    return _fill(raw, recipe, written.origins, warnings, written.folder), []
+
+
+def at_line(written: Written, key: str, text: str) -> str:
+    """`text` with the file and the line that `key` stands in."""
+    return _at(written.name, written.lines, key, text)
 
 
 def load_resolved(path: Path) -> Recipe:
@@ -149,7 +179,7 @@ def _section_of(annotation: Any) -> type[Section] | None:
     return None
 
 
-def _read_chain(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], Lines, dict[str, str]]:
+def _read_extended(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], Lines, dict[str, str]]:
     """A recipe and what it extends, the nearer file winning."""
     if path.resolve() in seen:
         raise RecipeError(f"{path} extends itself through {' -> '.join(p.name for p in seen)}")
@@ -157,21 +187,22 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], Lin
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: a recipe is a list of `key: value` lines; found {type(raw).__name__}")
     parent = raw.pop("extends", None)
-    origins = dict.fromkeys(_leaves(raw), "user")
+    origins = dict.fromkeys(leaves(raw), "user")
     if parent is None:
         return raw, lines, origins
     target = (path.parent / str(parent)).resolve()
     if not target.is_relative_to(path.resolve().parent):
         raise RecipeError(f"{path}: `extends: {parent}` leaves the recipe's folder; copy that file beside this one")
-    base, _, base_origins = _read_chain(target, (*seen, path.resolve()))
-    _merge(base, raw)
+    base, _, base_origins = _read_extended(target, (*seen, path.resolve()))
+    merge(base, raw)
     return base, lines, {**dict.fromkeys(base_origins, f"extends {parent}"), **origins}
 
 
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:
+def merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:
+    """Put `over` into `base`, section by section, `over` winning."""
     for key, value in over.items():
         if isinstance(value, dict) and isinstance(base.get(key), dict):
-            _merge(base[key], value)
+            merge(base[key], value)
         else:
             base[key] = value
 
@@ -182,14 +213,16 @@ def _copy(value: Any) -> Any:
     return [_copy(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _leaves(raw: Mapping[str, Any], prefix: str = "") -> list[str]:
+def leaves(raw: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The dotted key of every value."""
     out: list[str] = []
     for key, value in raw.items():
-        out += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"]
+        out += leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"]
     return out
 
 
-def _apply_overrides(raw: dict[str, Any], overrides: Sequence[str], origins: dict[str, str]) -> list[str]:
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], origins: dict[str, str]) -> list[str]:
+    """Write each `key.path=value` into `raw`; what is wrong with those that cannot be."""
     problems = []
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -220,7 +253,7 @@ def _unsupported(raw: Mapping[str, Any], lines: Lines, name: str) -> list[str]:
 
 
 def _at(name: str, lines: Lines, key: str, text: str) -> str:
-    path = tuple(key.split("."))
+    path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
     while path and path not in lines:
         path = path[:-1]
     return f"{name}:{lines[path]}: {text}" if path in lines and path else f"{name}: {text}"
@@ -230,21 +263,21 @@ def _validate(raw: Mapping[str, Any], lines: Lines, name: str) -> Recipe:
     try:
         return Recipe.model_validate(dict(raw))
     except ValidationError as error:
-        problems = [_explain(item, lines, name) for item in error.errors()]
+        problems = [_explain(item, lines, name)[1] for item in error.errors()]
         raise several(problems, RecipeError, headline=f"{name} has {len(problems)} problem(s):") from None
 
 
-def _explain(item: Any, lines: Lines, name: str) -> str:
+def _explain(item: Any, lines: Lines, name: str) -> tuple[str, str]:
     location = [
         str(part) for part in item["loc"] if not (isinstance(part, str) and part.startswith(("list[", "literal[")))
     ]
     key, kind = ".".join(location), item["type"]
     if kind == "extra_forbidden":
-        return _at(name, lines, key, f"there is no key `{key}`{_suggest(key)}")
+        return key, _at(name, lines, key, f"there is no key `{key}`{_suggest(key)}")
     if kind == "missing":
-        return _at(name, lines, key, f"`{key}` is missing; {_MISSING.get(key, 'add it')}")
-    found = repr(item["input"])[:60]
-    return _at(name, lines, key, f"`{key}` is {found}: {item['msg'].replace('Input s', 's')}{_quoted(item['input'])}")
+        return key, _at(name, lines, key, f"`{key}` is missing; {_MISSING.get(key, 'add it')}")
+    found, said = repr(item["input"])[:60], item["msg"].replace("Input s", "s")
+    return key, _at(name, lines, key, f"`{key}` is {found}: {said}{_quoted(item['input'])}")
 
 
 _MISSING = {
@@ -288,7 +321,7 @@ def _fill(
     opened: dict[str, Any] = {name: {} for name in OWN_SECTIONS if not does_nothing(name, recipe.stage)}
     written = {name: value for name, value in recipe.model_dump().items() if value is not None}
     values = Recipe.model_validate({**opened, **written}).model_dump()
-    given = set(_leaves(raw))
+    given = set(leaves(raw))
     derived = method_defaults(recipe.stage, values)
     for key, value in derived.items():
         section, _, name = key.rpartition(".")

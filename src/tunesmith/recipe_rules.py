@@ -28,7 +28,7 @@ def default_rate(stage: str, method: str) -> float:
     return float(f"{DEFAULTS[method] * _FULL_RATE[stage] / DEFAULTS['full']:.2g}")
 
 
-_METHOD_KEYS = {
+METHOD_KEYS = {
     "layers": {"last_layers"},
     "rank": {"lora"},
     "alpha": {"lora"},
@@ -109,7 +109,7 @@ def _has_eval(data: Mapping[str, Any]) -> bool:
 
 def check_together(raw: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[str]]:
     """(problems as (key, text), warnings) from keys that contradict each other or would do nothing."""
-    problems = _idle_keys(raw, values) + _contradictions(values) + alignment_problems(values)
+    problems = idle_keys(raw, values) + _contradictions(values) + alignment_problems(values)
     return problems, _warnings(values)
 
 
@@ -122,10 +122,11 @@ def _given(raw: Mapping[str, Any], key: str) -> bool:
     return True
 
 
-def _idle_keys(raw: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[str, str]]:
+def idle_keys(raw: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Keys in `raw` that do nothing under the stage and the method of `values`, as (key, text)."""
     stage, method = values["stage"], values["tune"]["method"]
     problems = []
-    for key, methods in _METHOD_KEYS.items():
+    for key, methods in METHOD_KEYS.items():
         if _given(raw, f"tune.{key}") and method not in methods:
             wanted = " or ".join(sorted(methods))
             problems.append((f"tune.{key}", f"`tune.{key}` does nothing with method {method}; it is for {wanted}"))

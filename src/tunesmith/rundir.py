@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any
 
 from tunesmith.errors import RunError
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}$")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}$")
 LAYOUT = {
     "recipe": "recipe.yaml",
     "origins": "origins.json",
@@ -33,6 +34,9 @@ LAYOUT = {
     "checkpoints": "checkpoints",
     "final": "final",
     "lock": ".lock",
+    "chain": "chain.json",
+    "handoff": "handoff.json",
+    "lineage": "lineage.json",
 }
 
 
@@ -94,6 +98,19 @@ class RunDir:
             os.close(self._lock)
             self._lock = -1
 
+    def discard(self) -> None:
+        """Remove the folder of a run that never began: only what a run's start itself has put there."""
+        if not self.file("recipe").exists():
+            for name in ("lock", "origins", "inputs", "trainable", "environment"):
+                self.file(name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+
+    @property
+    def locked(self) -> bool:
+        """True when this object holds the lock."""
+        return self._lock >= 0
+
     @property
     def finished(self) -> bool:
         """True when the run has its result."""
@@ -119,10 +136,7 @@ def create_run(name: str | None, *, stage: str, root: Path | str = "runs") -> Ru
     path = _place(name, root) if name else _fresh(Path(root), stage)
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file; name a folder for the run")
-    if (path / LAYOUT["recipe"]).exists():
-        raise RunError(
-            f"{path} already holds a run; go on with `tunesmith train --resume {path}`, or take another name"
-        )
+    refuse_taken(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".writable"
@@ -135,6 +149,14 @@ def create_run(name: str | None, *, stage: str, root: Path | str = "runs") -> Ru
     return RunDir(path)
 
 
+def refuse_taken(path: Path) -> None:
+    """`RunError` when there is a run in the folder already."""
+    if (path / LAYOUT["recipe"]).exists():
+        raise RunError(
+            f"{path} already holds a run; go on with `tunesmith train --resume {path}`, or take another name"
+        )
+
+
 def open_run(name: str | Path, *, root: Path | str = "runs") -> RunDir:
     """An existing run, by folder or by its name under `root`."""
     for candidate in (Path(name), Path(root) / str(name)):
@@ -143,6 +165,31 @@ def open_run(name: str | Path, *, root: Path | str = "runs") -> RunDir:
     known = [run.name for run in list_runs(root)]
     hint = f"; the runs in {root}/ are {', '.join(known[-8:])}" if known else f"; there are no runs in {root}/"
     raise RunError(f"there is no run {name}{hint}")
+
+
+def is_chain(run: RunDir) -> bool:
+    """True for the folder of a chain, whose stages are run folders inside it."""
+    return run.file("chain").is_file()
+
+
+def model_run(run: RunDir) -> RunDir:
+    """The run whose model is meant: the run itself, or the stage that a chain's model comes from."""
+    if not is_chain(run):
+        return run
+    model = run.read_json("chain").get("model")
+    if not isinstance(model, str) or model != Path(model).name:
+        raise RunError(f"{run.file('chain')} is damaged: it does not name the stage that gives the chain's model")
+    return RunDir(run.path / model)
+
+
+def installed_version() -> str:
+    """The version of this program as it is installed, else as its source says."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("tunesmith")
+    except PackageNotFoundError:
+        return "0+source"
 
 
 def list_runs(root: Path | str = "runs") -> list[RunDir]:
@@ -156,7 +203,7 @@ def _place(name: str, root: Path | str) -> Path:
         raise RunError("a run's name cannot hold a NUL byte")
     if os.sep in name or name in (".", ".."):
         return Path(name)
-    if not _NAME.match(name):
+    if not NAME.match(name):
         raise RunError(f"`{name[:60]}` is no name for a run: letters, digits, dots, dashes, at most 120 of them")
     return Path(root) / name
 
