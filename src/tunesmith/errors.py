@@ -23,6 +23,10 @@ class ModelError(TunesmithError, ValueError):
     """A model, tokenizer or adapter cannot be loaded, or does not fit what is asked of it."""
 
 
+class RewardError(TunesmithError, ValueError):
+    """A reward raised, or returned something that is not one finite number for each completion."""
+
+
 class RunError(TunesmithError, RuntimeError):
     """A run folder is in use, damaged, not writable, or was made from other inputs."""
 

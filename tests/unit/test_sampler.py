@@ -7,8 +7,8 @@ import torch
 from tests.tiny import tiny_causal, tiny_tokenizer
 
 from tunesmith.errors import ModelError
-from tunesmith.model.language import LanguageModel
-from tunesmith.rollout.sampler import Draw, Sampler, cut, stream_seed
+from tunesmith.model.language import LanguageModel, Policy
+from tunesmith.rollout.sampler import Draw, Rollout, Sampler, _Stops, cut, first_stop, stream_seed
 
 LOGITS = torch.tensor([[0.2, 0.5, 0.3]]).log()
 
@@ -84,3 +84,70 @@ def test_a_family_without_cache_is_computed_again(sampler: Sampler):
     assert [r.ids for r in slow.sample(prompts, max_tokens=5, seed=1)] == [
         r.ids for r in sampler.sample(prompts, max_tokens=5, seed=1)
     ]
+
+
+class Spelling:
+    """A tokenizer whose decoder writes each id as a letter or two, so that stop strings cross tokens."""
+
+    eos_token_id = 2
+    all_special_ids = (0, 1, 2)
+
+    def decode(self, ids, skip_special_tokens: bool = False) -> str:
+        shown = [int(i) for i in ids if not (skip_special_tokens and int(i) in self.all_special_ids)]
+        return "".join(f"{chr(97 + i % 26)}{i % 10}" for i in shown)
+
+
+def spelled(**settings) -> list[Rollout]:
+    model = LanguageModel(tiny_causal("llama"))
+    return Sampler(model, Spelling()).sample([[7, 8], [9]], num_per_prompt=2, max_tokens=12, seed=5, **settings)
+
+
+def test_a_stop_string_cuts_exactly_also_across_tokens():
+    free = spelled()
+    stop = free[0].text[5:9]  # the second half of a token, a whole one, and the first half of the next
+    at = free[0].text.index(stop)
+    tokens = -(-(at + len(stop)) // 2)
+    stopped = spelled(stop=[stop])
+    assert stopped[0].ended and stopped[0].stop == stop
+    assert stopped[0].text == free[0].text[:at]
+    assert stopped[0].ids == free[0].ids[:tokens]
+    torch.testing.assert_close(torch.tensor(stopped[0].logprobs), torch.tensor(free[0].logprobs[:tokens]))
+    for was, now in zip(free[1:], stopped[1:], strict=True):
+        assert now.stop or now.ids == was.ids
+
+
+def test_of_two_stop_strings_the_first_in_the_text_counts():
+    assert first_stop("one two", ["two", "one"]) == "one"
+    assert first_stop("one two", ["one", "one t"]) == "one t"
+    assert first_stop("one two", ["three"]) == ""
+    free = spelled()[0].text
+    assert spelled(stop=[free[6:8], free[2:4]])[0].text == free[: min(free.index(free[6:8]), free.index(free[2:4]))]
+
+
+def test_special_tokens_do_not_hide_a_stop_string(sampler: Sampler):
+    stops = _Stops(frozenset(), ("t a",), sampler.tokenizer, frozenset(sampler.tokenizer.all_special_ids))
+    before, after = (sampler.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("cat", " a"))
+    assert stops.found([*before, 4, *after]) == "t a"
+    assert stops.found([*before, *before]) == ""
+
+
+def test_stop_strings_wait_for_whole_characters(sampler: Sampler):
+    stops = _Stops(frozenset(), ("ü",), sampler.tokenizer, frozenset())
+    ids = sampler.tokenizer("ü", add_special_tokens=False)["input_ids"]
+    assert len(ids) == 2 and stops.found(ids[:1]) == "" and stops.found(ids) == "ü"
+
+
+def test_an_empty_stop_string_is_refused(sampler: Sampler):
+    with pytest.raises(ModelError, match="a stop string is empty"):
+        sampler.sample([[7]], stop=["", "x"])
+
+
+def test_logprobs_are_those_of_the_model_s_temperature():
+    backbone = tiny_causal("llama")
+    hot = Sampler(LanguageModel(backbone, policy=Policy(temperature=2.0)), tiny_tokenizer())
+    one = hot.sample([[7, 8]], max_tokens=5, temperature=2.0, seed=1)[0]
+    with torch.no_grad():
+        logits = backbone(input_ids=torch.tensor([[7, 8, *one.ids]])).logits[0, 1:-1]
+    wanted = (logits / 2.0).log_softmax(-1).gather(1, torch.tensor(one.ids)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(one.logprobs), wanted, atol=2e-5, rtol=0)
+    assert (logits.log_softmax(-1).gather(1, torch.tensor(one.ids)[:, None])[:, 0] - wanted).abs().max() > 1e-2
