@@ -28,7 +28,9 @@ bench: $(STAMP)
 evidence: $(STAMP)
 	$(PY) evidence/run.py
 
+# Writes the generated pages, then runs every command, script and recipe that the pages show.
 docs: $(STAMP)
+	$(PY) docs/make_reference.py
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/docs
 
 clean:

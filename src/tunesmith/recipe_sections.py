@@ -274,6 +274,7 @@ class PpoSpec(Section):
     minibatches: Positive = 4
     """Optimizer steps in a pass."""
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """How far the ratio of new to old policy counts (1707.06347, eq. 7)."""
     kl_coef: Annotated[float, Field(ge=0)] = 0.02
     """Per-token price of log(policy / reference), in units of reward."""
     kl_target: Annotated[float, Field(gt=0)] | None = None
