@@ -117,7 +117,8 @@ def _json_problem(error: json.JSONDecodeError) -> RowError:
         advice = "put each object on a line of its own"
     elif error.msg.startswith(("Unterminated", "Expecting ',' delimiter")) or error.pos >= len(error.doc):
         advice = "the object is cut off or a comma or quote is missing; complete it"
-    return RowError(f"not JSON: {error.msg[0].lower()}{error.msg[1:]} at column {error.colno}, near {near}", advice)
+    problem = error.msg[0].lower() + error.msg[1:].removesuffix(" at")
+    return RowError(f"not JSON: {problem} at column {error.colno}, near {near}", advice)
 
 
 def as_object(value: object) -> dict[str, object]:
