@@ -12,14 +12,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import RunError
-from tunesmith.recipe import Resolved, load_recipe
-from tunesmith.rundir import RunDir, create_run, flatten, list_runs, open_run
+from tunesmith.recipe import Resolved, known_keys, load_recipe
+from tunesmith.rundir import RunDir, create_run, flatten, list_runs, open_run, refuse_taken
 
 if TYPE_CHECKING:
     from tunesmith.engine.fit import StepReport
 
 Say = Callable[[str], None]
 RecipeLike = str | Path | Mapping[str, Any] | Resolved
+
+
+def _place(recipe: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` put where they belong: whole sections by name, single keys into the first section that has them."""
+    sections = dict.fromkeys(key.partition(".")[0] for key in known_keys() if "." in key)
+    order = list(dict.fromkeys([recipe["stage"], "tune", "train", "data", *sections]))
+    for name, value in settings.items():
+        section = next((s for s in order if f"{s}.{name}" in known_keys()), None)
+        if name in sections and isinstance(value, Mapping):
+            recipe[name] = {**recipe.get(name, {}), **value}
+        elif section is not None and name not in known_keys():
+            recipe.setdefault(section, {})[name] = value
+        else:
+            recipe[name] = value  # a key of its own; one that does not exist is refused with the nearest name
+    return recipe
 
 
 def _silent(_: Any) -> None:
@@ -46,13 +61,38 @@ def train(
     """
     resolved = _resolved(recipe, overrides)
     folder = create_run(run or resolved.recipe.run, stage=resolved.recipe.stage)
-    folder.lock()
     try:
+        folder.lock()
+        refuse_taken(folder.path)
         from tunesmith.stages import running
 
         return running.start(folder, resolved, say=say, show=show)
     finally:
+        if folder.locked:
+            folder.discard()
         folder.unlock()
+
+
+def finetune(
+    base: str | Path,
+    data: str | Path | Mapping[str, Any],
+    stage: str,
+    method: str = "lora",
+    *,
+    say: Say = _silent,
+    show: Callable[[StepReport], None] = _silent,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Train `base` on `data` and measure before and after; returns what is in the run's result.json.
+
+    `data` is a file, folder or hub id, of which a tenth is held out, or the recipe's `data` section. `settings` are the
+    recipe's other keys, whole sections (`train={"epochs": 3}`) or single ones by their own name (`epochs=3, rank=16`).
+    """
+    section = dict(data) if isinstance(data, Mapping) else {"train": str(data)}
+    if not {"eval", "split"} & set(section):
+        section["split"] = {"eval": 0.1}
+    recipe = {"stage": stage, "base": str(base), "data": section, "tune": {"method": method}}
+    return train(_place(recipe, settings), say=say, show=show)
 
 
 def resume(run: str | Path, *, say: Say = _silent, show: Callable[[StepReport], None] = _silent) -> dict[str, Any]:
@@ -60,6 +100,10 @@ def resume(run: str | Path, *, say: Say = _silent, show: Callable[[StepReport], 
     folder = open_run(run)
     if folder.finished:
         say(f"{folder.path} is finished; this is its result")
+        if not (folder.file("report").is_file() and folder.file("card").is_file()):
+            from tunesmith.stages import running
+
+            running.write_pages(folder)
         return dict(folder.read_json("result"))
     folder.lock()
     try:
@@ -79,18 +123,30 @@ def evaluate(
     return using.evaluate(run_or_model, str(data), stage=stage, say=say)
 
 
-def predict(run: str | Path, texts: Sequence[str], *, say: Say = _silent) -> list[dict[str, Any]]:
-    """Labels with probabilities (classify) or greedy completions (the other causal stages) for `texts`."""
+def predict(run: str | Path, texts: Sequence[str], *, max_tokens: int = 256) -> list[dict[str, Any]]:
+    """Per text, `{text, answer}`: the label with the probabilities of all (classify), else a greedy completion."""
     from tunesmith.stages import using
 
-    return using.predict(open_run(run), list(texts), say=say)
+    return using.predict(open_run(run), list(texts), max_tokens=max_tokens)
+
+
+def read_texts(path: str | Path, column: str | None = None) -> list[str]:
+    """The texts of a file for `predict`: a line each of a .txt, else `column` of its rows, or the one that is plain."""
+    from tunesmith.data.column import read_column
+
+    return read_column(path, column)
 
 
 def chat(run: str | Path, prompt: str, *, max_tokens: int = 256, temperature: float = 0.0, seed: int = 0) -> str:
     """The tuned model's completion of one prompt, through the template it was trained with."""
+    return open_chat(run)(prompt, max_tokens, temperature, seed)
+
+
+def open_chat(run: str | Path) -> Callable[..., str]:
+    """`chat` for many prompts: the run is opened once, and `ask(prompt, max_tokens, temperature, seed)` answers."""
     from tunesmith.stages import using
 
-    return using.chat(open_run(run), prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    return using.chat(open_run(run))
 
 
 def check(recipe_or_data: RecipeLike, overrides: Sequence[str] = (), *, say: Say = _silent) -> dict[str, Any]:

@@ -6,18 +6,23 @@ import json
 import math
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 
-from tunesmith.errors import RecipeError, RunError, TunesmithError
-
-if TYPE_CHECKING:
-    from tunesmith.engine.fit import StepReport
+from tunesmith.cli_output import (
+    Progress,
+    diff_lines,
+    metric_lines,
+    result_lines,
+    rows_lines,
+    tree_lines,
+    visible,
+)
+from tunesmith.errors import DataError, RecipeError, RunError, TunesmithError
+from tunesmith.rundir import installed_version
 
 _OPTIONS: dict[str, Any] = {"rich_markup_mode": None, "add_completion": False, "pretty_exceptions_enable": False}
 app = typer.Typer(name="tunesmith", no_args_is_help=True, **_OPTIONS)
@@ -60,12 +65,7 @@ def _flushed(code: int) -> int:
 
 def _version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            print(version("tunesmith"))
-        except PackageNotFoundError:
-            print("tunesmith, not installed: run from its source")
+        print(installed_version())
         raise typer.Exit
 
 
@@ -107,7 +107,7 @@ def train(
             result = api.train(recipe, overrides or (), run=run, say=progress.say, show=progress.show)
     finally:
         progress.close()
-    _give(result, as_json, _result_lines)
+    _give(result, as_json, result_lines)
 
 
 @app.command(name="eval")
@@ -121,7 +121,7 @@ def evaluate(
     """Measure a run's model, or any model, on held-out rows."""
     from tunesmith import api
 
-    _give(api.evaluate(target, data, stage=stage, say=_say), as_json, lambda r: _metric_lines({"value": r["metrics"]}))
+    _give(api.evaluate(target, data, stage=stage, say=_say), as_json, lambda r: metric_lines({"value": r["metrics"]}))
 
 
 @app.command()
@@ -134,7 +134,7 @@ def check(
     """What a run would notice before its first step, or what a data file is recognised as."""
     from tunesmith import api
 
-    _give(api.check(target, overrides or (), say=_say), as_json, _tree)
+    _give(api.check(target, overrides or (), say=_say), as_json, tree_lines)
 
 
 @app.command()
@@ -150,9 +150,36 @@ def chat(
     """Ask the tuned model: one prompt, or one after the other on a terminal; a piped prompt is taken whole."""
     from tunesmith import api
 
+    ask = api.open_chat(run)
     for text in [prompt] if prompt is not None else _prompts():
-        answer = api.chat(run, text, max_tokens=max_tokens, temperature=temperature, seed=seed)
+        answer = ask(text, max_tokens, temperature, seed)
         _give({"run": run, "prompt": text, "completion": answer}, as_json, lambda r: [r["completion"]])
+
+
+@app.command()
+def predict(
+    run: Annotated[str, typer.Argument(help="A run's name or folder.")],
+    text: Annotated[
+        str | None, typer.Argument(help="One text; without it and --file, a text a line from stdin.")
+    ] = None,
+    *,
+    file: Annotated[str | None, typer.Option("--file", help="A text a line, or rows of any data format.")] = None,
+    column: Annotated[str | None, typer.Option("--column", help="Which column of the rows is the text.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 256,
+    as_json: AsJson = False,
+) -> None:
+    """Label or answer one text, a file of them, or standard input."""
+    from tunesmith import api
+
+    if text is not None and file is not None:
+        raise DataError("give one text or --file FILE, not both")
+    if file is not None:
+        texts = api.read_texts(file, column)
+    else:
+        texts = [text] if text is not None else [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not texts:
+        raise DataError("there is nothing to predict: standard input is empty")
+    _give(api.predict(run, texts, max_tokens=max_tokens), as_json, lambda rows: [_one_line(r["answer"]) for r in rows])
 
 
 @app.command()
@@ -166,7 +193,7 @@ def export(
     """Write the tuned model for other programs, verified first."""
     from tunesmith import api
 
-    _give(api.export(run, to, format, say=_say), as_json, _tree)
+    _give(api.export(run, to, format, say=_say), as_json, tree_lines)
 
 
 @runs_app.callback(invoke_without_command=True)
@@ -182,7 +209,7 @@ def runs_list(*, as_json: AsJson = False) -> None:
     """All runs, oldest first."""
     from tunesmith import api
 
-    _give(api.runs_list(), as_json, _rows_lines)
+    _give(api.runs_list(), as_json, rows_lines)
 
 
 @runs_app.command(name="show")
@@ -190,7 +217,7 @@ def runs_show(run: str, *, as_json: AsJson = False) -> None:
     """A run's result."""
     from tunesmith import api
 
-    _give(api.runs_show(run), as_json, _result_lines)
+    _give(api.runs_show(run), as_json, result_lines)
 
 
 @runs_app.command(name="diff")
@@ -198,12 +225,12 @@ def runs_diff(a: str, b: str, *, as_json: AsJson = False) -> None:
     """What two runs did differently and what came out."""
     from tunesmith import api
 
-    _give(api.runs_diff(a, b), as_json, lambda found: _diff_lines(found, a, b))
+    _give(api.runs_diff(a, b), as_json, lambda found: diff_lines(found, a, b))
 
 
 def _prompts() -> Iterable[str]:
     if not sys.stdin.isatty():
-        yield sys.stdin.read()
+        yield sys.stdin.read().rstrip("\n")
         return
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
@@ -212,6 +239,11 @@ def _prompts() -> Iterable[str]:
             return
         if line.strip():
             yield line.rstrip("\n")
+
+
+def _one_line(text: str) -> str:
+    """An answer on a line of its own, so that the n-th line answers the n-th text."""
+    return text.replace("\\", "\\\\").replace("\n", "\\n")
 
 
 def _say(text: str) -> None:
@@ -234,122 +266,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def visible(text: str) -> str:
-    """Text of data and models without the control characters that could drive a terminal."""
-    return "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns side by side, the first to the left, the others to the right."""
-    first, *others = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join([row[0].ljust(first), *(c.rjust(w) for c, w in zip(row[1:], others, strict=True))]).rstrip()
-        for row in rows
-    ]
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return "-" if value is None else str(value)
-
-
-def _cell(entry: Any) -> str:
-    if not isinstance(entry, Mapping):
-        return _number(entry)
-    if entry.get("low") is None:
-        return _number(entry.get("value"))
-    return f"{_number(entry['value'])} [{_number(entry['low'])}, {_number(entry['high'])}]"
-
-
-def _metric_lines(columns: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
-    """One row a metric, one column a moment, each value with its interval."""
-    shown = {title: values for title, values in columns.items() if values}
-    names = dict.fromkeys(name for values in shown.values() for name in values)
-    if not names:
-        return []
-    return table([["metric", *shown], *([name, *(_cell(v.get(name)) for v in shown.values())] for name in names)])
-
-
-def _result_lines(result: Mapping[str, Any]) -> list[str]:
-    """A run's result as people read it; the whole of it stands in result.json."""
-    lines = _metric_lines({name: result.get(name) for name in ("before", "after", "difference")})
-    lines += [""] if lines else []
-    keys = ("run", "stage", "method", "trainable_parameters", "total_parameters", "seconds", "tokens_per_second",
-            "peak_memory_bytes", "finished", "note", "verdict")  # fmt: skip
-    return lines + table([[key, _number(result[key])] for key in keys if result.get(key) is not None] or [["", ""]])
-
-
-def _tree(value: Mapping[str, Any], indent: str = "") -> list[str]:
-    lines: list[str] = []
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            lines += [f"{indent}{key}:", *_tree(item, indent + "  ")]
-        elif isinstance(item, (list, tuple)) and item:
-            lines += [f"{indent}{key}:", *(f"{indent}  - {_number(part)}" for part in item)]
-        else:
-            lines.append(f"{indent}{key}: {'none' if item in (None, [], ()) else _number(item)}")
-    return lines
-
-
-def _rows_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    if not rows:
-        return ["no runs here; `tunesmith train RECIPE.yaml` makes one under ./runs"]
-    keys = list(dict.fromkeys(key for row in rows for key in row if not isinstance(row[key], Mapping)))
-    return table([keys, *([_number(row.get(key)) for key in keys] for row in rows)])
-
-
-def _diff_lines(found: Mapping[str, Mapping[str, Sequence[Any]]], a: str, b: str) -> list[str]:
-    lines: list[str] = []
-    for part, values in found.items():
-        rows = [[key, _number(pair[0]), _number(pair[1])] for key, pair in values.items()]
-        lines += table([[part, Path(a).name, Path(b).name], *rows]) if rows else [f"{part}: no difference"]
-    return lines
-
-
-class Progress:
-    """The live line on a terminal; elsewhere a plain line at the first step, every ten seconds and at the last."""
-
-    def __init__(self, stream: TextIO, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._stream = stream
-        self._live = stream.isatty()
-        self._clock = clock
-        self._last = -math.inf
-        self._open = False
-
-    def show(self, report: StepReport) -> None:
-        """One finished step."""
-        now, last_step = self._clock(), report.step == report.num_steps
-        if now - self._last < (0.1 if self._live else 10.0) and not last_step:
-            return
-        self._last = now
-        line = (
-            f"step {report.step:,}/{report.num_steps:,}  loss {report.loss:.4f}  lr {report.learning_rate:.2e}  "
-            f"{report.tokens_per_second:,.0f} tokens/s  {duration(report.seconds_left)} left"
-        )
-        print(f"\r{line}\x1b[K" if self._live else line, end="" if self._live else "\n", file=self._stream, flush=True)
-        self._open = self._live
-
-    def say(self, text: str) -> None:
-        """A line of talk, which the live line makes way for."""
-        self.close()
-        print(visible(text), file=self._stream, flush=True)
-
-    def close(self) -> None:
-        """End the live line, so that the next output begins on its own."""
-        if self._open:
-            print(file=self._stream, flush=True)
-            self._open = False
-
-
-def duration(seconds: float) -> str:
-    """`75.2` -> `1:15`, `3700` -> `1:01:40`; `?` when it is not known."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, rest = divmod(round(max(seconds, 0)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

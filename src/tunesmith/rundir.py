@@ -36,6 +36,7 @@ LAYOUT = {
     "lock": ".lock",
     "chain": "chain.json",
     "handoff": "handoff.json",
+    "earlier": "earlier_tasks.json",
     "lineage": "lineage.json",
 }
 

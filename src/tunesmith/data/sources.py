@@ -161,6 +161,7 @@ def _load(repo: str, split: str | None, name: str) -> Any:
 
     config = datasets.DownloadConfig(max_retries=1)
     try:
+        _knock(repo)
         loaded: Any = datasets.load_dataset(repo, split=split, download_config=config)
     except Exception as error:  # the hub client raises many kinds
         raise _unreachable(name, error) from None
@@ -170,6 +171,20 @@ def _load(repo: str, split: str | None, name: str) -> Any:
         names = ", ".join(map(str, loaded))
         raise DataError(f"{name}: which split? There are {names}; write for example {repo}:{next(iter(loaded))}")
     return loaded
+
+
+def _knock(repo: str) -> None:
+    """One request without retries: `load_dataset` would try for half a minute before it says that there is no network.
+
+    In the hub client's own offline mode (HF_HUB_OFFLINE) nothing is asked, and the local cache answers.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    try:
+        HfApi().dataset_info(repo, timeout=5)
+    except OfflineModeIsEnabled:
+        return
 
 
 def _unreachable(name: str, error: Exception) -> DataError:

@@ -64,8 +64,9 @@ def fit(
     progress: Progress = state.progress
     if not resumed:
         save(stage, state, spec, files)
+    last = state.step if _stopped_early(spec, progress) else stage.source.num_steps
     with StopSignals() as stop:
-        for step in range(state.step + 1, stage.source.num_steps + 1):
+        for step in range(state.step + 1, last + 1):
             started = time.perf_counter()
             line, tokens = train_step(stage, state.optimizer, spec, step)
             state.step = step
@@ -166,10 +167,14 @@ def _evaluate(stage: Stage, state: TrainState, spec: FitSpec, files: Files, say:
         return False
     value = metrics[spec.select_by]
     state.progress.note(value, state.step, lower=spec.select_by in LOWER_IS_BETTER)
-    over = spec.patience is not None and state.progress.worse_in_a_row >= spec.patience
+    over = _stopped_early(spec, state.progress)
     if over:
         say(f"early stopping: {spec.select_by} has not improved for {spec.patience} evaluations")
     return over
+
+
+def _stopped_early(spec: FitSpec, progress: Progress) -> bool:
+    return spec.patience is not None and progress.worse_in_a_row >= spec.patience
 
 
 def save(stage: Stage, state: TrainState, spec: FitSpec, files: Files) -> None:
@@ -178,7 +183,10 @@ def save(stage: Stage, state: TrainState, spec: FitSpec, files: Files) -> None:
         raise NonFiniteError(f"step {state.step}: a weight is NaN or infinite; nothing was saved, the last good "
                              "checkpoint stands. Lower train.learning_rate or set train.clip_norm")  # fmt: skip
     tensors, meta = state.capture()
-    meta["log_bytes"] = {"metrics": files.metrics.size(), "evaluations": files.evaluations.size()}
+    logs = {name: getattr(files, name) for name in ("metrics", "evaluations", "timings")}
+    for log in logs.values():
+        log.sync()
+    meta["log_bytes"] = {name: log.size() for name, log in logs.items()}
     best = state.progress.best_step
     protect = frozenset({best}) if spec.select_by and best else frozenset[int]()
     save_checkpoint(files.checkpoints, state.step, tensors, meta, keep=spec.keep, protect=protect)
@@ -191,8 +199,8 @@ def resume(state: TrainState, files: Files, *, say: Say) -> bool:
         return False
     tensors, meta = load_checkpoint(newest)
     state.restore(tensors, meta)
-    files.metrics.cut(meta["log_bytes"]["metrics"])
-    files.evaluations.cut(meta["log_bytes"]["evaluations"])
+    for name, size in meta["log_bytes"].items():
+        getattr(files, name).cut(size)
     return True
 
 

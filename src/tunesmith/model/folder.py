@@ -83,7 +83,11 @@ def _download(name: str, revision: str | None, *, with_code: bool) -> Path:
 
     patterns: list[str] = [*_DOWNLOADED, *(["*.py"] if with_code else [])]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"], etag_timeout=5
+            )
+        )  # fmt: skip
     except Exception as error:
         kind = type(error).__name__
         if "NotFound" in kind and "Local" not in kind:

@@ -30,7 +30,12 @@ def build(job: Job) -> Built:
     def measure(store: SampleStore, full: bool) -> Measured:
         result = evaluate_scores(model, store, collate=collate, max_tokens=job.eval_tokens, device=job.device)
         rows = predictions(result, job.inputs.label_names) if full else ()
-        return Measured(result.statistics(), result.metrics(seed=job.recipe.seed), predictions=tuple(rows))
+        return Measured(
+            result.statistics(),
+            result.metrics(seed=job.recipe.seed),
+            predictions=tuple(rows),
+            per_class=result.per_class(job.inputs.label_names) if full else {},
+        )
 
     held_out = job.inputs.eval
     evaluate = None if held_out is None else lambda step: quick_metrics(measure(held_out, False))

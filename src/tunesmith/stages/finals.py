@@ -17,6 +17,7 @@ from tunesmith.data.records import Labelled
 from tunesmith.engine.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
 from tunesmith.engine.state import TrainState
 from tunesmith.errors import RunError
+from tunesmith.evaluate.likelihood import evaluating, token_batches
 from tunesmith.model.language import LanguageModel
 from tunesmith.model.load import load_tokenizer
 from tunesmith.model.score import ScoreModel
@@ -26,6 +27,7 @@ from tunesmith.rundir import RunDir
 from tunesmith.stages.job import Job, trainable_spec
 from tunesmith.stages.prepare import base_path, load_model
 
+BATCH_TOKENS = 8192
 Model = LanguageModel | ScoreModel
 
 
@@ -64,7 +66,7 @@ def _newest(run: RunDir) -> Path:
     return found[-1]
 
 
-def open_tuned(run: RunDir) -> Tuned:
+def open_tuned(run: RunDir, *, device: str = "cpu", precision: str = "float32") -> Tuned:
     """The run's model with its trained weights; `RunError` when unfinished, damaged, or of a changed base."""
     folder = _newest(run)
     recipe, inputs = load_resolved(run.file("recipe")), run.read_json("inputs")
@@ -72,16 +74,19 @@ def open_tuned(run: RunDir) -> Tuned:
     base, labels = base_path(recipe.base, origin), tuple(inputs["labels"])
     backbone = load_model(recipe, base, labels)
     trainable = make_trainable(backbone, trainable_spec(recipe, origin))
-    model = wrap(recipe.stage, backbone)
+    model = wrap(recipe.stage, backbone, precision)
     tensors, _ = load_checkpoint(folder)
     _put_in(model, tensors, run)
     tokenizer = load_tokenizer(base, trust=recipe.trust_remote_code)
-    return Tuned(run, recipe, tokenizer, model.eval(), trainable, labels, inputs["template"], base)
+    return Tuned(run, recipe, tokenizer, model.to(device).eval(), trainable, labels, inputs["template"], base)
 
 
-def wrap(stage: str, backbone: Any) -> Model:
+def wrap(stage: str, backbone: Any, precision: str = "float32") -> Model:
     """The backbone as the stage sees it."""
-    return ScoreModel(backbone) if stage == "classify" else LanguageModel(backbone, causal=stage != "mlm")
+    compute = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    if stage == "classify":
+        return ScoreModel(backbone, compute=compute)
+    return LanguageModel(backbone, causal=stage != "mlm", compute=compute)
 
 
 @torch.no_grad()
@@ -100,8 +105,14 @@ def label_sentences(job: Job, model: nn.Module) -> list[dict[str, Any]]:
     texts = job.recipe.evaluate.sentences
     if not texts or not isinstance(model, ScoreModel):
         return []
-    longest = job.recipe.data.max_length or 512
+    longest = longest_of(job.recipe, job.backbone)
     return classify_texts(model, job.tokenizer, texts, job.inputs.label_names, longest, job.recipe.data.multi_label)
+
+
+def longest_of(recipe: Recipe, backbone: Any) -> int:
+    """Tokens a text may have: what the recipe says, else what the model takes."""
+    config = backbone.config.get_text_config()
+    return recipe.data.max_length or int(getattr(config, "max_position_embeddings", None) or 512)
 
 
 def classify_texts(
@@ -113,14 +124,16 @@ def classify_texts(
     )
     label: Any = () if multi_label else names[0]
     samples = [encoder(Labelled(text, label, f"text {i}"))[0] for i, text in enumerate(texts, 1)]
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
-        device = next(model.parameters()).device
-        found = model(collate(samples).to(device)).scores
-    model.train(was_training)
-    assert found is not None
-    scores = found.double().cpu()
+    rows: list[Any] = [None] * len(samples)
+    device = next(model.parameters()).device
+    with evaluating(model):
+        for indices in token_batches(np.asarray([len(sample) for sample in samples]), BATCH_TOKENS):
+            found = model(collate([samples[i] for i in indices]).to(device)).scores
+            for i, row in zip(indices, found.double().cpu(), strict=True):
+                rows[i] = row
+    if not rows:
+        return []
+    scores = torch.stack(rows)
     shares = (scores.sigmoid() if multi_label else scores.softmax(-1)).numpy()
     return [
         {"text": text, "answer": _answer(row, names, multi_label),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tunesmith.batch import Batch, Sample
+from tunesmith.data.encode import tokenizer_hash
 from tunesmith.data.source import OfflineSource
 from tunesmith.data.store import SampleStore
 from tunesmith.engine.contracts import FitSpec, Stage
@@ -20,6 +21,7 @@ from tunesmith.evaluate.generate import GenerationResult
 from tunesmith.evaluate.intervals import Estimate, Statistic
 from tunesmith.model.trainable import Trainable, TrainableSpec
 from tunesmith.recipe import Recipe
+from tunesmith.rundir import flatten
 
 Collate = Callable[[Sequence[Sample]], Batch]
 
@@ -67,6 +69,7 @@ class Measured:
     metrics: Mapping[str, Estimate]
     generation: GenerationResult | None = None
     predictions: tuple[Mapping[str, Any], ...] = ()
+    per_class: Mapping[str, Estimate] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """`{metric: {value, low, high, n}}`."""
@@ -93,6 +96,7 @@ def make_source(job: Job, make_batch: Callable[[Sequence[Sample], int], Batch] |
         batch_examples=train.batch_examples,
         batch_tokens=train.batch_tokens,
         micro_batch_tokens=train.micro_batch_tokens,
+        groups=job.inputs.train.groups,
         **({} if make_batch is None else {"make_batch": make_batch}),
     )
 
@@ -149,20 +153,22 @@ def _beside(folder: Path, name: str) -> Path:
 
 def identity(job: Job, base_hash: str) -> dict[str, str]:
     """Fingerprints that a resumed run must share with the one that began: data, base, tokenizer, every setting."""
-    settings = job.recipe.model_dump(exclude={"run", "threads", "evaluate"})
-    flat = {
-        f"recipe.{section}": _digest(values) if isinstance(values, dict) else str(values)
-        for section, values in settings.items()
-    }
+    settings = job.recipe.model_dump(mode="json", exclude={"run", "threads", "evaluate"}, exclude_none=True)
     return {
-        **flat,
+        **{key: _short(value) for key, value in flatten(settings).items()},
         "base weights": base_hash,
         "training samples": job.inputs.train.fingerprint,
         "held-out samples": job.inputs.eval.fingerprint if job.inputs.eval is not None else "none",
-        "precision": job.precision,
+        "tokenizer": tokenizer_hash(job.tokenizer),
+        "matrix products": job.precision,
         "torch": torch.__version__.split("+")[0],
         "trainable": _digest(list(job.trainable.names)),
     }
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return text if len(text) <= 200 else f"{text[:60]}... ({_digest(text)})"
 
 
 def _digest(value: Any) -> str:

@@ -205,15 +205,17 @@ class _BuiltInProbe:
             yield Text(paragraph.strip(), f"probe.txt:{number}")
 
 
-def prepare(recipe: Recipe, folder: Path, *, say: Say) -> tuple[Job, dict[str, Any]]:
-    """(job, what the base is). Everything that can be refused is refused here, before the first step."""
-    try:
-        device = choose_device(recipe.device)
-    except ValueError as error:
-        raise RecipeError(str(error)) from None
-    precision = choose_precision(recipe.precision, device)
+def prepare(
+    recipe: Recipe, folder: Path, *, say: Say, device: str | None = None, precision: str | None = None
+) -> tuple[Job, dict[str, Any]]:
+    """(job, what the base is). Everything that can be refused is refused here, before the first step.
+
+    `device` and `precision` are those of a run that goes on; without them the recipe and this machine decide.
+    """
+    device = settled_device(device or recipe.device)
+    precision = precision or choose_precision(recipe.precision, device)
     base = base_path(recipe.base, folder)
-    record = base_record(base, trust=recipe.trust_remote_code)
+    record = base_record(base, trust=recipe.trust_remote_code) | {"name": recipe.base} | run_origin(base)
     tokenizer = load_tokenizer(base, trust=recipe.trust_remote_code)
     sets = read_sets(recipe, folder)
     say(f"data: {sets.train.describe()}")
@@ -228,10 +230,31 @@ def prepare(recipe: Recipe, folder: Path, *, say: Say) -> tuple[Job, dict[str, A
     return Job(recipe, tokenizer, inputs, backbone, trainable, device, precision), record
 
 
+def settled_device(wanted: str) -> str:
+    """The device to use; `RecipeError` when it is not here."""
+    try:
+        return choose_device(wanted)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+
+
 def base_path(base: str, folder: Path) -> str:
-    """A base given as a folder relative to the recipe, or as it stands (a folder or a hub id)."""
+    """A base given as a folder relative to the recipe, or as it stands (a folder or a hub id); of a finished run, the
+    folder of its merged model."""
     beside = folder / Path(base).expanduser()
+    path = beside if beside.is_dir() else Path(base).expanduser()
+    from tunesmith.stages import from_run  # it opens runs, and a run opens its own base through here
+
+    if from_run.is_run(path):
+        return str(from_run.model_folder(path))
     return str(beside) if beside.is_dir() else base
+
+
+def run_origin(base: str) -> dict[str, Any]:
+    """What to record of a base that is a run's merged model: the run and its content."""
+    from tunesmith.stages import from_run
+
+    return from_run.origin(base)
 
 
 def load_model(recipe: Recipe, base: str, label_names: tuple[str, ...]) -> Any:

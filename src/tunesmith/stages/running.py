@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,15 @@ from tunesmith.engine.metrics import MetricsLog
 from tunesmith.engine.optim import build_optimizer
 from tunesmith.engine.state import TrainState
 from tunesmith.evaluate.card import write_card
-from tunesmith.evaluate.compare import Difference, compare, overall
+from tunesmith.evaluate.compare import compare, overall
 from tunesmith.evaluate.generate import side_by_side
 from tunesmith.evaluate.report import write_report
-from tunesmith.model.language import LanguageModel
 from tunesmith.plan.hardware import environment, peak_memory_bytes
 from tunesmith.recipe import Recipe, Resolved, load_resolved
 from tunesmith.rundir import RunDir
-from tunesmith.stages import finals
-from tunesmith.stages.job import Built, Job, Measured, fit_spec, identity
-from tunesmith.stages.likelihood import measure_likelihood
+from tunesmith.stages import finals, measuring
+from tunesmith.stages.job import Built, Job, fit_spec, identity
+from tunesmith.stages.measuring import Moment
 from tunesmith.stages.prepare import STAGES, prepare
 
 Say = Callable[[str], None]
@@ -50,11 +49,16 @@ def start(run: RunDir, resolved: Resolved, *, say: Say, show: Show) -> dict[str,
 
 
 def go_on(run: RunDir, *, say: Say, show: Show) -> dict[str, Any]:
-    """The same run from its newest sound checkpoint, or from its beginning when it has none yet."""
+    """The same run from its newest sound checkpoint, or from its beginning when it has none yet.
+
+    Device, precision and number of threads are those the run began with: what `auto` means here and now may differ.
+    """
     recipe = load_resolved(run.file("recipe"))
-    _use_threads(recipe)
+    began = run.read_json("environment")
+    torch.set_num_threads(began["threads"])
     folder = Path(run.read_json("inputs")["recipe_folder"])
-    job, base = prepare(recipe, folder, say=say)
+    precision = began["precision"] if recipe.precision == "auto" else None
+    job, base = prepare(recipe, folder, say=say, device=began["device"], precision=precision)
     return _train(run, job, _build(job, say), base, again=True, say=say, show=show)
 
 
@@ -84,7 +88,7 @@ def _train(
         source=stage.source,
         identity=identity(job, str(base["hash"])),
     )
-    before = _measure(built, job, say, "before")
+    measuring.measure_before(run, built, job, say)
     files = _files(run)
     resumed = again and resume(state, files, say=say)
     if resumed:
@@ -94,7 +98,8 @@ def _train(
         needed = 2 * checkpoint_bytes(state.capture()[0]) + 4 * _trained_bytes(state)
         check_free_space(run.path, needed)
     progress = _fit(built, state, spec, files, say, show, resumed)
-    after = _measure(built, job, say, "after")
+    after = measuring.measure(built, job, say, "after")
+    before = measuring.before_of(run, after)
     finals.save(run, state)
     result = _result(run, job, base, progress, before, after)
     result["seconds"] = round(time.perf_counter() - started, 3)
@@ -127,32 +132,8 @@ def _trained_bytes(state: TrainState) -> int:
     return sum(p.numel() * 4 for group in state.optimizer.param_groups for p in group["params"])
 
 
-@dataclass(frozen=True, slots=True)
-class _Both:
-    """What is measured before and after: held-out rows, test rows, the probe, the recipe's sentences."""
-
-    held_out: Measured | None
-    test: Measured | None
-    probe: Measured | None
-    sentences: list[dict[str, Any]]
-
-
-def _measure(built: Built, job: Job, say: Say, when: str) -> _Both:
-    inputs = job.inputs
-    held_out = built.measure(inputs.eval, True) if inputs.eval is not None else None
-    test = built.measure(inputs.test, False) if inputs.test is not None else None
-    probe = None
-    if inputs.probe is not None and isinstance(built.stage.model, LanguageModel):
-        from tunesmith.data.batches import collate
-
-        probe = measure_likelihood(job, built.stage.model, inputs.probe, collate)
-    if held_out is not None:
-        say(f"{when}: " + "  ".join(f"{name} {e.value:.4f}" for name, e in held_out.metrics.items()))
-    return _Both(held_out, test, probe, finals.label_sentences(job, built.stage.model))
-
-
 def _result(
-    run: RunDir, job: Job, base: Mapping[str, Any], progress: Progress, before: _Both, after: _Both
+    run: RunDir, job: Job, base: Mapping[str, Any], progress: Progress, before: Moment, after: Moment
 ) -> dict[str, Any]:
     result: dict[str, Any] = {
         "run": run.name,
@@ -170,29 +151,29 @@ def _result(
         "best_step": progress.best_step or None,
         "findings": list(job.inputs.notes),
     }
-    seed = job.recipe.seed
-    if before.held_out is not None and after.held_out is not None:
-        result |= _pair(before.held_out, after.held_out, seed)
-        result["verdict"] = overall(_differences(before.held_out, after.held_out, seed), job.recipe.train.select_by)
-    else:
-        result["verdict"] = "Nothing was held out, so whether it helped is not known."
-    for name in ("test", "probe"):
-        first, last = getattr(before, name), getattr(after, name)
-        if first is not None and last is not None:
-            result[name] = _pair(first, last, seed)
+    result |= _compared(job, before, after)
     return result
 
 
-def _differences(before: Measured, after: Measured, seed: int) -> dict[str, Difference]:
-    return compare(before.statistics, after.statistics, seed=seed)
+def _compared(job: Job, before: Moment, after: Moment) -> dict[str, Any]:
+    """What the two measurements say; test set and probe under their own names, never mixed with the held-out rows."""
+    seed, found = job.recipe.seed, dict[str, Any]()
+    if before.held_out is not None and after.held_out is not None and job.inputs.eval is not None:
+        found |= measuring.pair(before.held_out, after.held_out, seed)
+        changes = compare(before.held_out.statistics, after.held_out.statistics, seed=seed)
+        found["verdict"] = overall(changes, job.recipe.train.select_by)
+        found["per_class"] = measuring.by_class(before.held_out, after.held_out)
+        found["by_source"] = measuring.by_source(before.held_out, after.held_out, job.inputs.eval, seed)
+    else:
+        found["verdict"] = "Nothing was held out, so whether it helped is not known."
+    for name in ("test", "probe"):
+        first, last = getattr(before, name), getattr(after, name)
+        if first is not None and last is not None:
+            found[name] = measuring.pair(first, last, seed)
+    return {name: value for name, value in found.items() if value != {}}
 
 
-def _pair(before: Measured, after: Measured, seed: int) -> dict[str, Any]:
-    difference = {name: d.as_json() for name, d in _differences(before, after, seed).items()}
-    return {"before": before.as_json(), "after": after.as_json(), "difference": difference}
-
-
-def _publish(run: RunDir, job: Job, result: dict[str, Any], before: _Both, after: _Both, say: Say) -> dict[str, Any]:
+def _publish(run: RunDir, job: Job, result: dict[str, Any], before: Moment, after: Moment, say: Say) -> dict[str, Any]:
     """Samples, result, report and card; result.json last but for what reads it."""
     rows: list[dict[str, Any]] = []
     if before.held_out is not None and after.held_out is not None:
@@ -206,11 +187,16 @@ def _publish(run: RunDir, job: Job, result: dict[str, Any], before: _Both, after
     run.write_text("samples", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     result["export_bytes"] = sum(p.stat().st_size for p in run.file("final").rglob("*") if p.is_file())
     run.write_json("result", result)
-    write_report(run.path)
-    write_card(run.path)
+    write_pages(run)
     say(result["verdict"])
     say(f"report: {run.file('report')}")
     return result
+
+
+def write_pages(run: RunDir) -> None:
+    """Report and card, from the run's files alone."""
+    write_report(run.path)
+    write_card(run.path)
 
 
 def _inputs(job: Job, base: Mapping[str, Any], folder: Path) -> dict[str, Any]:

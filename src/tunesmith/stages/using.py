@@ -2,53 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tunesmith.data.encode import prompt_ids
+from tunesmith.data.records import read_records
 from tunesmith.data.store import build_store
 from tunesmith.data.templates import get_template
-from tunesmith.errors import DataError, ModelError, RecipeError, TunesmithError
+from tunesmith.errors import DataError, ModelError, RecipeError, RunError
 from tunesmith.export.merge import export_run
 from tunesmith.export.verify import probe_ids
 from tunesmith.model.load import base_record, load_config, load_tokenizer
 from tunesmith.model.score import ScoreModel
 from tunesmith.model.trainable import Trainable
-from tunesmith.recipe import Recipe, load_recipe
+from tunesmith.plan.hardware import choose_device, choose_precision
+from tunesmith.recipe import Recipe, load_recipe, load_resolved
 from tunesmith.rollout.sampler import Sampler
 from tunesmith.rundir import RunDir, open_run
-from tunesmith.stages.finals import Tuned, classify_texts, open_tuned
+from tunesmith.stages.finals import Tuned, classify_texts, longest_of, open_tuned
 from tunesmith.stages.job import Inputs, Job, Measured
-from tunesmith.stages.prepare import STAGES, Say, Sets, cache_folder, labels_of, load_model, make_encoder, read_sets
+from tunesmith.stages.prepare import (
+    STAGES,
+    Say,
+    Sets,
+    cache_folder,
+    labels_of,
+    load_model,
+    make_encoder,
+    read_sets,
+    tally,
+)
 
 
 def evaluate(target: str | Path, data: str, *, stage: str | None, say: Say) -> dict[str, Any]:
     """`{model, stage, data, metrics, ...}` of a run or of any model folder or hub id."""
-    try:
-        run = open_run(target)
-    except TunesmithError:
-        run = None
-    if run is not None:
-        tuned = open_tuned(run)
-        recipe, backbone, tokenizer, labels = tuned.recipe, tuned.backbone, tuned.tokenizer, tuned.label_names
-        base, trainable = tuned.base, tuned.trainable
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=_only(data))})
-    else:
-        recipe = load_recipe(
-            {"stage": stage or _guess_stage(str(target)), "base": str(target), "data": _only(data)}
-        ).recipe
-        base, tokenizer, labels, backbone = str(target), load_tokenizer(str(target)), (), None
-        trainable = Trainable("none", (), 0, 0, 0, (), ())
-    sets = read_sets(recipe, Path.cwd())
-    labels = labels or (_own_labels(base, sets) if recipe.stage == "classify" else ())
-    backbone = backbone if backbone is not None else load_model(recipe, base, labels)
-    context = base_record(base, trust=recipe.trust_remote_code)["context_tokens"]
-    store = build_store(sets.train, make_encoder(recipe, tokenizer, labels, context), cache_folder())
+    run = find_run(target)
+    model = _of_run(run, data) if run is not None else _of_base(str(target), data, stage)
+    sets = read_sets(model.recipe, Path.cwd())
+    labels = model.labels or (_own_labels(model.base, sets) if model.recipe.stage == "classify" else ())
+    backbone = model.backbone if model.backbone is not None else load_model(model.recipe, model.base, labels)
+    context = base_record(model.base, trust=model.recipe.trust_remote_code)["context_tokens"]
+    store = build_store(sets.train, make_encoder(model.recipe, model.tokenizer, labels, context), cache_folder())
     say(f"{sets.train.describe()}: {len(store):,} samples")
-    job = Job(recipe, tokenizer, Inputs(store, store, None, label_names=labels), backbone, trainable, "cpu", "float32")
-    measured: Measured = STAGES[recipe.stage].build(job).measure(store, True)
-    return _evaluation(str(target), data, recipe, measured)
+    for text in tally(store):
+        say(text)
+    job = Job(
+        model.recipe, model.tokenizer, Inputs(store, store, None, label_names=labels), backbone, model.trainable,
+        model.device, model.precision,
+    )  # fmt: skip
+    return _evaluation(str(target), data, model.recipe, STAGES[model.recipe.stage].build(job).measure(store, True))
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """What is evaluated; `backbone` None is still to be loaded, when the labels are known."""
+
+    recipe: Recipe
+    tokenizer: Any
+    base: str
+    trainable: Trainable
+    device: str
+    precision: str
+    labels: tuple[str, ...] = ()
+    backbone: Any = None
+
+
+def find_run(target: str | Path) -> RunDir | None:
+    """The run of that name or folder; None when it is no run. A run that is not finished is still one."""
+    try:
+        return open_run(target)
+    except RunError:
+        return None
+
+
+def settled(run: RunDir, recipe: Recipe) -> tuple[str, str]:
+    """(device, precision) the run was trained with, or what this machine has when that device is not here."""
+    began = run.read_json("environment")
+    try:
+        device = choose_device(began["device"])
+    except ValueError:
+        device = choose_device("auto")
+    if device.partition(":")[0] == began["device"].partition(":")[0]:
+        return device, began["precision"]
+    return device, choose_precision(recipe.precision, device)
+
+
+def _of_run(run: RunDir, data: str) -> _Model:
+    tuned = open_tuned(run)
+    recipe = tuned.recipe.model_copy(update={"data": tuned.recipe.data.model_copy(update=_only(data))})
+    return _Model(
+        recipe, tuned.tokenizer, tuned.base, tuned.trainable, *settled(run, recipe), tuned.label_names, tuned.backbone
+    )
+
+
+def _of_base(base: str, data: str, stage: str | None) -> _Model:
+    stage = stage or _guess_stage(base, data)
+    policy = "split" if stage in ("pretrain", "mlm") else "truncate_left"
+    recipe = load_recipe({"stage": stage, "base": base, "data": {**_only(data), "on_too_long": policy}}).recipe
+    device = choose_device("auto")
+    trainable = Trainable("none", (), 0, 0, 0, (), ())
+    return _Model(recipe, load_tokenizer(base), base, trainable, device, choose_precision("auto", device))
 
 
 def _only(data: str) -> dict[str, Any]:
@@ -66,11 +121,18 @@ def _evaluation(target: str, data: str, recipe: Recipe, measured: Measured) -> d
     return out
 
 
-def _guess_stage(base: str) -> str:
+def _guess_stage(base: str, data: str) -> str:
+    """By what the model was built as and, for a causal one, by whether the data has answers."""
     built = (load_config(base).architectures or [""])[0]
     if built.endswith("ForSequenceClassification"):
         return "classify"
-    return "mlm" if built.endswith("ForMaskedLM") else "pretrain"
+    if built.endswith("ForMaskedLM"):
+        return "mlm"
+    try:
+        next(iter(read_records(data, stage="sft")))
+    except DataError:
+        return "pretrain"
+    return "sft"
 
 
 def _own_labels(base: str, sets: Sets) -> tuple[str, ...]:
@@ -83,36 +145,48 @@ def _own_labels(base: str, sets: Sets) -> tuple[str, ...]:
     return names
 
 
-def predict(run: RunDir, texts: Sequence[str], *, say: Say) -> list[dict[str, Any]]:
-    """Labels with probabilities, or greedy completions."""
-    tuned = open_tuned(run)
-    if isinstance(tuned.model, ScoreModel):
-        longest = tuned.recipe.data.max_length or 512
-        return classify_texts(
-            tuned.model, tuned.tokenizer, texts, tuned.label_names, longest, tuned.recipe.data.multi_label
-        )
-    return [{"text": text, "answer": _complete(tuned, text, 256, 0.0, 0)} for text in texts]
+def predict(run: RunDir, texts: Sequence[str], *, max_tokens: int = 256) -> list[dict[str, Any]]:
+    """Labels with probabilities, or greedy completions, in the order of `texts`."""
+    return _answers(_opened(run), texts, max_tokens, 0.0, 0)
 
 
-def chat(run: RunDir, prompt: str, *, max_tokens: int, temperature: float, seed: int) -> str:
-    """One completion, or the label for a classifier."""
-    tuned = open_tuned(run)
-    if isinstance(tuned.model, ScoreModel):
-        longest = tuned.recipe.data.max_length or 512
-        found = classify_texts(
-            tuned.model, tuned.tokenizer, [prompt], tuned.label_names, longest, tuned.recipe.data.multi_label
-        )
-        return str(found[0]["answer"])
-    return _complete(tuned, prompt, max_tokens, temperature, seed)
+def chat(run: RunDir) -> Callable[..., str]:
+    """The run opened once: `ask(prompt, max_tokens, temperature, seed)` gives a completion, or a classifier's label."""
+    tuned = _opened(run)
+
+    def ask(prompt: str, max_tokens: int = 256, temperature: float = 0.0, seed: int = 0) -> str:
+        return str(_answers(tuned, [prompt], max_tokens, temperature, seed)[0]["answer"])
+
+    return ask
 
 
-def _complete(tuned: Tuned, prompt: str, max_tokens: int, temperature: float, seed: int) -> str:
+def _opened(run: RunDir) -> Tuned:
+    device, precision = settled(run, load_resolved(run.file("recipe")))
+    tuned = open_tuned(run, device=device, precision=precision)
     if tuned.recipe.stage == "mlm":
-        raise RecipeError(f"{tuned.run.path} is a masked language model, which fills holes and does not answer")
-    ids = encode_prompt(tuned, prompt)
-    sampler = Sampler(tuned.model, tuned.tokenizer)
-    rollout = sampler.sample([ids], max_tokens=max_tokens, temperature=temperature, seed=seed)[0]
-    return str(tuned.tokenizer.decode(rollout.ids, skip_special_tokens=True))
+        raise RecipeError(f"{run.path} is a masked language model, which fills holes and does not answer")
+    return tuned
+
+
+def _answers(
+    tuned: Tuned, texts: Sequence[str], max_tokens: int, temperature: float, seed: int
+) -> list[dict[str, Any]]:
+    if isinstance(tuned.model, ScoreModel):
+        data = tuned.recipe.data
+        return classify_texts(
+            tuned.model,
+            tuned.tokenizer,
+            texts,
+            tuned.label_names,
+            longest_of(tuned.recipe, tuned.backbone),
+            data.multi_label,
+        )
+    prompts = [encode_prompt(tuned, text) for text in texts]
+    rollouts = Sampler(tuned.model, tuned.tokenizer).sample(
+        prompts, max_tokens=max_tokens, temperature=temperature, seed=seed
+    )
+    answers = [tuned.tokenizer.decode(rollout.ids, skip_special_tokens=True) for rollout in rollouts]
+    return [{"text": text, "answer": answer} for text, answer in zip(texts, answers, strict=True)]
 
 
 def encode_prompt(tuned: Tuned, prompt: str) -> list[int]:

@@ -1,0 +1,131 @@
+"""What the command line shows: tables and lines for people, the live line of a training run."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from tunesmith.engine.fit import StepReport
+
+
+def visible(text: str) -> str:
+    """Text of data and models without the control characters that could drive a terminal."""
+    return "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns side by side, the first to the left, the others to the right."""
+    first, *others = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join([row[0].ljust(first), *(c.rjust(w) for c, w in zip(row[1:], others, strict=True))]).rstrip()
+        for row in rows
+    ]
+
+
+def number_text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "-" if value is None else str(value)
+
+
+def cell_text(entry: Any) -> str:
+    if not isinstance(entry, Mapping):
+        return number_text(entry)
+    if entry.get("low") is None:
+        return number_text(entry.get("value"))
+    return f"{number_text(entry['value'])} [{number_text(entry['low'])}, {number_text(entry['high'])}]"
+
+
+def metric_lines(columns: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
+    """One row a metric, one column a moment, each value with its interval."""
+    shown = {title: values for title, values in columns.items() if values}
+    names = dict.fromkeys(name for values in shown.values() for name in values)
+    if not names:
+        return []
+    return table([["metric", *shown], *([name, *(cell_text(v.get(name)) for v in shown.values())] for name in names)])
+
+
+def result_lines(result: Mapping[str, Any]) -> list[str]:
+    """A run's result as people read it; the whole of it stands in result.json."""
+    lines = metric_lines({name: result.get(name) for name in ("before", "after", "difference")})
+    lines += [""] if lines else []
+    keys = ("run", "stage", "method", "trainable_parameters", "total_parameters", "seconds", "tokens_per_second",
+            "peak_memory_bytes", "finished", "note", "verdict")  # fmt: skip
+    return lines + table([[key, number_text(result[key])] for key in keys if result.get(key) is not None] or [["", ""]])
+
+
+def tree_lines(value: Mapping[str, Any], indent: str = "") -> list[str]:
+    lines: list[str] = []
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            lines += [f"{indent}{key}:", *tree_lines(item, indent + "  ")]
+        elif isinstance(item, (list, tuple)) and item:
+            lines += [f"{indent}{key}:", *(f"{indent}  - {number_text(part)}" for part in item)]
+        else:
+            lines.append(f"{indent}{key}: {'none' if item in (None, [], ()) else number_text(item)}")
+    return lines
+
+
+def rows_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not rows:
+        return ["no runs here; `tunesmith train RECIPE.yaml` makes one under ./runs"]
+    keys = list(dict.fromkeys(key for row in rows for key in row if not isinstance(row[key], Mapping)))
+    return table([keys, *([number_text(row.get(key)) for key in keys] for row in rows)])
+
+
+def diff_lines(found: Mapping[str, Mapping[str, Sequence[Any]]], a: str, b: str) -> list[str]:
+    lines: list[str] = []
+    for part, values in found.items():
+        rows = [[key, number_text(pair[0]), number_text(pair[1])] for key, pair in values.items()]
+        lines += table([[part, Path(a).name, Path(b).name], *rows]) if rows else [f"{part}: no difference"]
+    return lines
+
+
+class Progress:
+    """The live line on a terminal; elsewhere a plain line at the first step, every ten seconds and at the last."""
+
+    def __init__(self, stream: TextIO, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream
+        self._live = stream.isatty()
+        self._clock = clock
+        self._last = -math.inf
+        self._open = False
+
+    def show(self, report: StepReport) -> None:
+        """One finished step."""
+        now, last_step = self._clock(), report.step == report.num_steps
+        if now - self._last < (0.1 if self._live else 10.0) and not last_step:
+            return
+        self._last = now
+        line = (
+            f"step {report.step:,}/{report.num_steps:,}  loss {report.loss:.4f}  lr {report.learning_rate:.2e}  "
+            f"{report.tokens_per_second:,.0f} tokens/s  {duration(report.seconds_left)} left"
+        )
+        print(f"\r{line}\x1b[K" if self._live else line, end="" if self._live else "\n", file=self._stream, flush=True)
+        self._open = self._live
+
+    def say(self, text: str) -> None:
+        """A line of talk, which the live line makes way for."""
+        self.close()
+        print(visible(text), file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """End the live line, so that the next output begins on its own."""
+        if self._open:
+            print(file=self._stream, flush=True)
+            self._open = False
+
+
+def duration(seconds: float) -> str:
+    """`75.2` -> `1:15`, `3700` -> `1:01:40`; `?` when it is not known."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(max(seconds, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
