@@ -1,0 +1,58 @@
+"""Which answers of a batch are compared: every untied pair within a group, each group counting once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tunesmith.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """`better [P]` and `worse [P]` are segments; `share [P]` is 1 over the untied pairs of their group."""
+
+    better: Tensor
+    worse: Tensor
+    share: Tensor
+
+    @property
+    def num_groups(self) -> float:
+        """Groups with at least one pair: what a preference loss is averaged over."""
+        return float(round(float(self.share.sum())))
+
+    def mean(self, values: Tensor) -> tuple[Tensor, float]:
+        """`values [P]` as (sum over groups of their mean, number of groups)."""
+        return (values.detach().double() * self.share).sum(), self.num_groups
+
+
+def pairs_of(batch: Batch) -> Pairs:
+    """All pairs of segments of one group whose ranks (`labels`, 1 is the best) differ.
+
+    Ranks 1, 2, 3 of one group give three pairs of share 1/3: with K answers the loss is 1 / C(K, 2) times the sum
+    over pairs (InstructGPT, 2203.02155, eq. 1). Ties give no pair.
+    """
+    ranks, groups = batch.labels, batch.groups
+    assert ranks is not None and groups is not None, "preferences need ranks and groups"
+    same = groups[:, None] == groups[None]
+    wins = same & (ranks[:, None] < ranks[None])
+    better, worse = wins.nonzero(as_tuple=True)
+    per_group = same.double() @ wins.sum(1).double()
+    return Pairs(better, worse, 1.0 / per_group[better])
+
+
+def num_groups(batch: Batch) -> float:
+    """Groups of the batch with at least one untied pair, known before the forward."""
+    return pairs_of(batch).num_groups
+
+
+def half_for_ties(gaps: Tensor) -> Tensor:
+    """1 where the gap is positive, 1/2 where it is 0, else 0: the chance to be right when ties are guessed."""
+    return (gaps > 0).double() + 0.5 * (gaps == 0).double()
+
+
+def weighted(values: Tensor, share: Tensor) -> Tensor:
+    """Sum of `values [P]` times their share, in the values' own precision."""
+    return (values * share.to(values.dtype)).sum() if len(values) else torch.zeros((), dtype=values.dtype)
