@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from tunesmith.data.kinds import Message
+from tunesmith.data.sandbox import check_template
 from tunesmith.errors import DataError
 
-TEMPLATE_SECONDS = 2
-TEMPLATE_BYTES = 512 << 20
-
-_TRIAL = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_CPU, ({seconds}, {seconds}))
-resource.setrlimit(resource.RLIMIT_AS, ({size}, {size}))
-from datetime import datetime
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-def refuse(message):
-    sys.exit(7)
-environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-environment.globals.update(raise_exception=refuse, strftime_now=lambda f: datetime.now().strftime(f))
-environment.filters["tojson"] = lambda value, **_: str(value)
-from jinja2 import nodes
-from jinja2.ext import Extension
-class Generation(Extension):
-    tags = {{"generation"}}
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return nodes.CallBlock(self.call_method("_same"), [], [], body).set_lineno(line)
-    def _same(self, caller):
-        return caller()
-environment.add_extension(Generation)
-messages = [{{"role": "user", "content": "a"}}, {{"role": "assistant", "content": "b"}}]
-text = environment.from_string(sys.stdin.read()).render(
-    messages=messages, tools=None, documents=None, add_generation_prompt=False, bos_token="", eos_token="", pad_token=""
+_STAND_IN = "stand0in1for2an3answer"
+_NOT_A_PREFIX = (
+    "the chat template changes earlier turns when a later one is added (it drops thinking, perhaps), so what trains "
+    "would not be what is asked; train on single-turn rows, or use a tokenizer with a template that only appends"
 )
-sys.exit(0 if len(text) < 1000000 else 8)
-"""
+_NO_END = (
+    "the tokenizer has no end token, so that no answer would ever end; name one as eos_token in tokenizer_config.json"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,85 +28,102 @@ class Rendered:
     trained: list[bool]
 
 
-@lru_cache(maxsize=32)
-def check_template(template: str) -> None:
-    """Render the template once in a sandbox, in a child process with limits on time and memory, or raise `DataError`.
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """The ids that a tokenizer itself puts before and after a text, its bos among them, and all its special ids."""
 
-    A template is a program that came with a model: the sandbox keeps it from reaching anything, and the limits from
-    never ending.
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    bos: tuple[int, ...]
+    special: frozenset[int]
+
+
+def marks_of(tokenizer: Any) -> Marks:
+    """What `tokenizer` puts round a text."""
+    inside, whole = encode_text(tokenizer, "a"), encode_text(tokenizer, "a", special=True)
+    spots = range(len(whole) - len(inside) + 1)
+    start = next((i for i in spots if whole[i : i + len(inside)] == inside), None)
+    before, after = ((), ()) if start is None else (tuple(whole[:start]), tuple(whole[start + len(inside) :]))
+    bos = (tokenizer.bos_token_id,) if tokenizer.bos_token_id is not None else ()
+    special = frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
+    return Marks(before, after, bos if bos == tuple(whole[:1]) else (), special)
+
+
+def encode_text(tokenizer: Any, text: str, pair: str | None = None, *, special: bool = False) -> list[int]:
+    """Ids of a text (or two), with `special` also the tokens round it; nothing is cut, and nothing is said of length.
+
+    A tokenizer is a program that came with a model: that it crashes (a panic in its own code is no `Exception`) is a
+    `DataError`.
     """
-    trial = _TRIAL.format(seconds=TEMPLATE_SECONDS, size=TEMPLATE_BYTES)
     try:
-        done = subprocess.run(
-            [sys.executable, "-I", "-c", trial],
-            input=template.encode(),
-            capture_output=True,
-            timeout=10 * TEMPLATE_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        raise DataError("the chat template does not end; take another tokenizer, or mend chat_template") from None
-    if done.returncode in (0, 7):
-        return
-    if done.returncode < 0 or b"MemoryError" in done.stderr:
-        raise DataError(
-            f"the chat template takes more than {TEMPLATE_SECONDS} s or {TEMPLATE_BYTES >> 20} MB for two short turns; "
-            "it is broken or hostile, and was not used"
-        )
-    last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
-    raise DataError(f"the chat template cannot be rendered: {last[0][:300]}")
+        return list(tokenizer(text, pair, add_special_tokens=special, verbose=False)["input_ids"])
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"the tokenizer crashed on this text ({str(error)[:120]}); mend the text, or take another "
+                        "base") from None  # fmt: skip
 
 
-def starts_with_bos(tokenizer: Any) -> bool:
-    """True when the tokenizer itself begins a text with its bos token."""
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-
-
-def tokens_of(text: str, tokenizer: Any) -> list[int]:
-    """Ids of `text` alone, nothing added."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def render(messages: Sequence[Message], tokenizer: Any, *, tools: Any = None, plain: bool = False) -> Rendered:
+def render(
+    messages: Sequence[Message], tokenizer: Any, *, tools: Any = None, plain: bool = False, marks: Marks | None = None
+) -> Rendered:
     """The conversation as training sees it: assistant turns and their end tokens are trained on.
 
     Each prompt part is encoded as inference encodes it, and the answer after it on its own. Raises `DataError` when
     the template does not render a conversation as a beginning of its continuation.
     """
+    marks = marks or marks_of(tokenizer)
     if plain or tokenizer.chat_template is None:
-        return _plain(messages, tokenizer)
-    check_template(tokenizer.chat_template)
+        return _plain(messages, tokenizer, marks)
+    _check_templates(tokenizer)
     ids: list[int] = []
     trained: list[bool] = []
     done = ""
     for i, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        prompt = _apply(messages[:i], tokenizer, tools, generation=True)
         whole = _apply(messages[: i + 1], tokenizer, tools, generation=False)
-        if not whole.startswith(prompt):
-            prompt = _header(messages, i, tokenizer, tools, whole)
+        prompt = _prompt_of(messages, i, whole, tokenizer, tools)
         if not prompt.startswith(done):
             raise DataError(_NOT_A_PREFIX)
-        _add(ids, trained, tokens_of(prompt[len(done) :], tokenizer), False)
-        _add(ids, trained, tokens_of(whole[len(prompt) :], tokenizer), message.trained is not False)
+        _add(ids, trained, encode_text(tokenizer, prompt[len(done) :]), False)
+        _add_answer(ids, trained, whole[len(prompt) :], tokenizer, marks, on=message.trained is not False)
         done = whole
-    _end(ids, trained, tokenizer)
+    _end(ids, trained, tokenizer, marks)
     return Rendered(ids, trained)
 
 
-_NOT_A_PREFIX = (
-    "the chat template changes earlier turns when a later one is added (it drops thinking, perhaps), so what trains "
-    "would not be what is asked; train on single-turn rows, or use a tokenizer with a template that only appends"
-)
+def _check_templates(tokenizer: Any) -> None:
+    template = tokenizer.chat_template
+    for text in template.values() if isinstance(template, dict) else (template,):
+        check_template(text)
 
 
-def _header(messages: Sequence[Message], i: int, tokenizer: Any, tools: Any, whole: str) -> str:
-    """Where the answer begins when the generation prompt is not a beginning of the rendered answer."""
-    before = _apply(messages[:i], tokenizer, tools, generation=False) if i else ""
-    at = whole.find(messages[i].content, len(before))
-    if not whole.startswith(before) or at < 0:
+def _prompt_of(messages: Sequence[Message], i: int, whole: str, tokenizer: Any, tools: Any) -> str:
+    """The text that stands before the answer `messages[i]`: a beginning of `whole`, the same as at inference."""
+    prompt = _apply(messages[:i], tokenizer, tools, generation=True)
+    answer = messages[i].content.strip()
+    if not (answer and whole.startswith(prompt) and whole[len(prompt) :].lstrip().startswith(answer)):
+        prompt = _opening(messages[:i], tokenizer, tools)
+    if not whole.startswith(prompt):
         raise DataError(_NOT_A_PREFIX)
+    return prompt
+
+
+def _opening(messages: Sequence[Message], tokenizer: Any, tools: Any) -> str:
+    """The prompt up to where an answer begins.
+
+    That is the generation prompt, unless the template has none, or one that it does not write before answers: then it
+    is what the template writes before a stand-in.
+    """
+    asked = _apply(messages, tokenizer, tools, generation=True)
+    whole = _apply([*messages, Message("assistant", _STAND_IN)], tokenizer, tools, generation=False)
+    at = whole.find(_STAND_IN)
+    if at < 0:
+        raise DataError("the chat template leaves out the assistant's answers; mend chat_template")
+    bare = _apply(messages, tokenizer, tools, generation=False)
+    if whole.startswith(asked) and (asked != bare or not whole[len(asked) : at].strip()):
+        return asked
     return whole[:at]
 
 
@@ -154,16 +145,18 @@ def _turn(message: Message) -> dict[str, Any]:
     return turn
 
 
-def _plain(messages: Sequence[Message], tokenizer: Any) -> Rendered:
+def _plain(messages: Sequence[Message], tokenizer: Any, marks: Marks) -> Rendered:
     """Prompt, completion, end token; turns are set apart by a line end unless white space stands there already."""
-    ids: list[int] = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
+    if tokenizer.eos_token_id is None:
+        raise DataError(_NO_END)
+    ids: list[int] = list(marks.bos)
     trained = [False] * len(ids)
-    for _i, message in enumerate(messages):
+    for message in messages:
         if message.role == "assistant":
-            answer = tokens_of(message.content, tokenizer)
+            answer = encode_text(tokenizer, message.content)
             _add(ids, trained, [*answer, tokenizer.eos_token_id], message.trained is not False)
         else:
-            _add(ids, trained, tokens_of(spaced(message.content), tokenizer), False)
+            _add(ids, trained, encode_text(tokenizer, spaced(message.content)), False)
     return Rendered(ids, trained)
 
 
@@ -177,20 +170,32 @@ def _add(ids: list[int], trained: list[bool], new: list[int], on: bool) -> None:
     trained += [on] * len(new)
 
 
-def _end(ids: list[int], trained: list[bool], tokenizer: Any) -> None:
-    """The last trained turn must close with a special token, or the model never learns to stop."""
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    tail = [i for i, on in zip(ids[-4:], trained[-4:], strict=True) if on]
-    if ids and trained[-1] and not any(i in special for i in tail) and tokenizer.eos_token_id is not None:
-        _add(ids, trained, [tokenizer.eos_token_id], True)
+def _add_answer(ids: list[int], trained: list[bool], text: str, tokenizer: Any, marks: Marks, *, on: bool) -> None:
+    """An answer up to its end token is learned; white space after that is the template's, not the model's."""
+    body = text.rstrip()
+    if len(body) < len(text):
+        inside = encode_text(tokenizer, body)
+        if inside and inside[-1] in marks.special:
+            _add(ids, trained, inside, on)
+            _add(ids, trained, encode_text(tokenizer, text[len(body) :]), False)
+            return
+    _add(ids, trained, encode_text(tokenizer, text), on)
+
+
+def _end(ids: list[int], trained: list[bool], tokenizer: Any, marks: Marks) -> None:
+    """The last turn, if it is trained on, must close with a special token, or the model never learns to stop."""
+    if not ids or not trained[-1] or ids[-1] in marks.special:
+        return
+    if tokenizer.eos_token_id is None:
+        raise DataError(_NO_END)
+    _add(ids, trained, [tokenizer.eos_token_id], True)
 
 
 def prompt_ids(prompt: str | Sequence[Message], tokenizer: Any, *, plain: bool = False, raw: bool = False) -> list[int]:
     """What stands before an answer at inference, exactly as training has it; `raw` adds nothing but bos."""
     messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
-    if not plain and not raw and tokenizer.chat_template is not None:
-        check_template(tokenizer.chat_template)
-        return tokens_of(_apply(messages, tokenizer, None, generation=True), tokenizer)
-    start = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
-    texts = [m.content if raw else spaced(m.content) for m in messages]
-    return start + [i for text in texts for i in tokens_of(text, tokenizer)]
+    if plain or raw or tokenizer.chat_template is None:
+        texts = [m.content if raw else spaced(m.content) for m in messages]
+        return [*marks_of(tokenizer).bos, *(i for text in texts for i in encode_text(tokenizer, text))]
+    _check_templates(tokenizer)
+    return encode_text(tokenizer, _opening(messages, tokenizer, None))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.batch import Sample
-from tunesmith.data.chat import prompt_ids, render, starts_with_bos, tokens_of
+from tunesmith.data.chat import Marks, encode_text, marks_of, prompt_ids, render
 from tunesmith.data.kinds import Chat, Labelled, Record, Text
 from tunesmith.errors import DataError
 
@@ -22,6 +22,9 @@ POLICIES = ("error", "truncate_left", "truncate_right", "split", "drop")
 @dataclass(slots=True)
 class Encoder:
     """record -> samples for one stage. `tally` counts what was done to rows longer than `max_length` tokens.
+
+    `truncated` and `split` count rows, `tokens_lost` the tokens that truncation cut off; `dropped_too_long`,
+    `dropped_no_answer_left` and `dropped_nothing_to_predict` count rows of which no sample is left.
 
     `mask_prompt`: only answers are trained on. `label_names` are the classes in their order; unknown labels are a
     `DataError`. Under the policy `error` a row that is too long is encoded as it is and counted: who collects the
@@ -36,6 +39,15 @@ class Encoder:
     label_names: tuple[str, ...] = ()
     multi_label: bool = False
     tally: Counter[str] = field(default_factory=Counter)
+    _marks: Marks = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        assert self.on_too_long in POLICIES, self.on_too_long
+        self._marks = marks_of(self.tokenizer)
+        around = len(self._marks.before) + len(self._marks.after) if self.stage in ("classify", "mlm") else 1
+        if self.max_length <= around:
+            raise DataError(f"data.max_length is {self.max_length}; a row needs at least {around + 1} tokens here, "
+                            f"special tokens included")  # fmt: skip
 
     def __call__(self, record: Record) -> list[Sample]:
         """The record's samples: usually one, several when split, none when dropped."""
@@ -43,10 +55,6 @@ class Encoder:
             return self._encode(record)
         except DataError as error:
             raise DataError(f"{record.origin}: {error}") from None
-        except BaseException as error:
-            if type(error).__name__ != "PanicException":
-                raise
-            raise DataError(f"{record.origin}: the tokenizer crashed on this text ({str(error)[:120]})") from None
 
     def _encode(self, record: Record) -> list[Sample]:
         if isinstance(record, Chat):
@@ -69,16 +77,17 @@ class Encoder:
 
     def _text(self, text: str, origin: str) -> list[Sample]:
         """Every token but the first is a target, the end token too."""
-        start = [self.tokenizer.bos_token_id] if starts_with_bos(self.tokenizer) else []
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        ids = start + tokens_of(text, self.tokenizer) + end
+        ids = [*self._marks.bos, *encode_text(self.tokenizer, text), *end]
         weights = [0.0] + [1.0] * (len(ids) - 1)
         return self._fit(ids, weights, origin)
 
     def _masked_text(self, text: str, origin: str) -> list[Sample]:
         """Weights mark what may be masked; special tokens stand round every part."""
-        body = tokens_of(text, self.tokenizer)
-        before, after = self._around()
+        body = encode_text(self.tokenizer, text)
+        before, after = self._marks.before, self._marks.after
+        if not body:
+            return self._left_out("dropped_nothing_to_predict")
         room = self.max_length - len(before) - len(after)
         parts = self._cut(body, room)
         samples = []
@@ -91,16 +100,12 @@ class Encoder:
 
     def _labelled(self, record: Labelled) -> list[Sample]:
         """The text, or pair of texts, with the tokenizer's special tokens; cut so that these stay."""
-        tokenizer = self.tokenizer
-        pair = record.text_pair
-        ids = list(
-            tokenizer(record.text, pair)["input_ids"] if pair is not None else tokenizer(record.text)["input_ids"]
-        )
+        ids = encode_text(self.tokenizer, record.text, record.text_pair, special=True)
         if len(ids) > self.max_length and self.on_too_long != "error":
             if self.on_too_long == "drop":
-                return self._dropped(len(ids))
-            before, after = self._around()
-            inner = ids[len(before) : len(ids) - len(after)] if pair is not None else tokens_of(record.text, tokenizer)
+                return self._left_out("dropped_too_long")
+            before, after = self._marks.before, self._marks.after
+            inner = ids[len(before) : len(ids) - len(after)]
             kept = self._truncated(inner, self.max_length - len(before) - len(after))
             ids = [*before, *kept, *after]
         elif len(ids) > self.max_length:
@@ -123,7 +128,7 @@ class Encoder:
         return self.label_names.index(found[0])
 
     def _chat(self, record: Chat) -> list[Sample]:
-        rendered = render(record.messages, self.tokenizer, tools=record.tools, plain=record.plain)
+        rendered = render(record.messages, self.tokenizer, tools=record.tools, plain=record.plain, marks=self._marks)
         trained = rendered.trained if self.mask_prompt else [True] * len(rendered.ids)
         weights = [1.0 if on else 0.0 for on in trained]
         weights[0] = 0.0
@@ -134,17 +139,18 @@ class Encoder:
     def _still_trained(self, sample: Sample) -> bool:
         """Truncation may have cut the whole answer away."""
         kept = bool(sample.weights.any())
-        self.tally["dropped_no_answer_left"] += not kept
+        if not kept:
+            self.tally["dropped_no_answer_left"] += 1
         return kept
 
     def _fit(self, ids: list[int], weights: list[float], origin: str) -> list[Sample]:
         if len(ids) <= self.max_length:
-            return [_sample(ids, weights, origin)] if len(ids) > 1 else []
+            return [_sample(ids, weights, origin)] if len(ids) > 1 else self._left_out("dropped_nothing_to_predict")
         if self.on_too_long == "error":
             self.tally["too_long"] += 1
             return [_sample(ids, weights, origin)]
         if self.on_too_long == "drop":
-            return self._dropped(len(ids))
+            return self._left_out("dropped_too_long")
         if self.on_too_long == "split":
             return self._split(ids, weights, origin)
         cut = slice(-self.max_length, None) if self.on_too_long == "truncate_left" else slice(self.max_length)
@@ -165,15 +171,13 @@ class Encoder:
         return samples
 
     def _cut(self, body: list[int], room: int) -> list[list[int]]:
-        if not body:
-            return []
         if len(body) <= room:
             return [body]
         if self.on_too_long == "split":
             self.tally["split"] += 1
             return [body[i : i + room] for i in range(0, len(body), room)]
         if self.on_too_long == "drop":
-            self._dropped(len(body))
+            self._left_out("dropped_too_long")
             return []
         if self.on_too_long == "error":
             self.tally["too_long"] += 1
@@ -188,19 +192,9 @@ class Encoder:
         self.tally["truncated"] += 1
         self.tally["tokens_lost"] += lost
 
-    def _dropped(self, length: int) -> list[Sample]:
-        self.tally["dropped_too_long"] += 1
-        self.tally["tokens_lost"] += length
+    def _left_out(self, why: str) -> list[Sample]:
+        self.tally[why] += 1
         return []
-
-    def _around(self) -> tuple[list[int], list[int]]:
-        """The special tokens that the tokenizer puts before and after a text."""
-        inside = tokens_of("a", self.tokenizer)
-        whole = list(self.tokenizer("a")["input_ids"])
-        for start in range(len(whole) - len(inside) + 1):
-            if whole[start : start + len(inside)] == inside:
-                return whole[:start], whole[start + len(inside) :]
-        return [], []
 
 
 def _sample(

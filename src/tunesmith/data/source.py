@@ -90,16 +90,17 @@ class OfflineSource:
         assert state["rows"] == len(self._lengths) and state["seed"] == self._seed, "other data, or another seed"
 
     def _starts(self, epoch: int) -> Ints:
-        """Where each step of the epoch begins in the epoch's order; every epoch has the same number of steps."""
+        """Where each step of the epoch begins in the epoch's order: as many steps in every epoch, none without rows."""
         num = len(self._lengths)
         if self._examples is not None:
             return np.arange(0, num, self._examples)
-        order = _order(num, self._seed, epoch)
         assert self._tokens is not None
-        before = np.cumsum(self._lengths[order]) - self._lengths[order]
-        steps = max(1, round(int(self._lengths.sum()) / self._tokens))
-        marks = np.arange(steps) * (int(self._lengths.sum()) / steps)
-        return np.minimum(np.unique(np.searchsorted(before, marks)), num - 1) if steps <= num else np.arange(num)
+        total = int(self._lengths.sum())
+        steps = min(max(1, round(total / self._tokens)), num)
+        lengths = self._lengths[_order(num, self._seed, epoch)]
+        marks = np.searchsorted(np.cumsum(lengths) - lengths, np.arange(steps) * (total / steps))
+        count = np.arange(steps)
+        return np.minimum(np.maximum.accumulate(marks - count) + count, num - steps + count)
 
 
 def _bounds(num_samples: int, groups: Ints | None) -> Ints:

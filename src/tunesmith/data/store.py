@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -96,20 +98,27 @@ def build_store(records: Records, encoder: Encoder, cache_dir: Path) -> SampleSt
 
 
 def _write(records: Iterable[Record], encoder: Encoder, folder: Path, key: str) -> None:
-    temporary = folder.with_name(f".tmp-{os.getpid()}-{key}")
+    temporary = folder.with_name(f".tmp-{uuid.uuid4().hex}")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         meta = _write_samples(records, encoder, temporary)
         (temporary / "meta.json").write_text(json.dumps({**meta, "fingerprint": key}), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(temporary, folder)
+        _publish(temporary, folder, key)
     except OSError as error:
-        if not folder.is_dir():
-            raise DataError(f"cannot keep encoded samples in {folder.parent}: {error.strerror}; make room, or name "
-                            "another folder with TUNESMITH_CACHE") from None  # fmt: skip
+        raise DataError(f"cannot keep encoded samples in {folder.parent}: {error.strerror}; make room, or name "
+                        "another folder with TUNESMITH_CACHE") from None  # fmt: skip
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _publish(temporary: Path, folder: Path, key: str) -> None:
+    """Put the new store in place, one process at a time; a sound one that another has put there meanwhile stays."""
+    with (folder.parent / ".lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists() and _open(folder, key) is not None:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(temporary, folder)
 
 
 def _write_samples(records: Iterable[Record], encoder: Encoder, folder: Path) -> dict[str, Any]:
@@ -166,9 +175,9 @@ def _open(folder: Path, key: str) -> SampleStore | None:
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in meta["sizes"]}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if meta["fingerprint"] != key or sizes != meta["sizes"]:
+    if meta.get("fingerprint") != key or sizes != meta["sizes"] or not {*_FILES, "origins"} <= set(sizes):
         return None
     arrays = {name: _map(folder / name, np.dtype(kind)) for name, kind in _FILES.items()}
     lengths = np.diff(arrays["offsets"])
