@@ -13,7 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import RunError
 from tunesmith.recipe import Resolved, known_keys, load_recipe
-from tunesmith.rundir import RunDir, create_run, flatten, list_runs, open_run, refuse_taken
+from tunesmith.recipe_chain import is_chain_recipe, load_chain, load_saved
+from tunesmith.rundir import (
+    NAME,
+    RunDir,
+    chain_run,
+    create_run,
+    flatten,
+    is_chain,
+    list_runs,
+    model_run,
+    open_run,
+    refuse_taken,
+)
 
 if TYPE_CHECKING:
     from tunesmith.engine.fit import StepReport
@@ -58,7 +70,12 @@ def train(
     `recipe` is a file, a mapping or a resolved recipe; `overrides` are `key.path=value`; `run` is the run's name under
     ./runs or a folder. Raises a `TunesmithError` for anything the user can mend; `Interrupted` after a signal, with a
     checkpoint saved.
+
+    A recipe with a list of `stages` is a chain: run NAME again, and only the stages whose settings, data or start have
+    changed are trained anew. Its name is that of the recipe's file unless the recipe or `run` gives one.
     """
+    if not isinstance(recipe, Resolved) and is_chain_recipe(recipe):
+        return _train_chain(recipe, overrides, run, say=say, show=show)
     resolved = _resolved(recipe, overrides)
     folder = create_run(run or resolved.recipe.run, stage=resolved.recipe.stage)
     try:
@@ -67,6 +84,28 @@ def train(
         from tunesmith.stages import running
 
         return running.start(folder, resolved, say=say, show=show)
+    finally:
+        if folder.locked:
+            folder.discard()
+        folder.unlock()
+
+
+def _train_chain(
+    recipe: str | Path | Mapping[str, Any],
+    overrides: Sequence[str],
+    run: str | None,
+    *,
+    say: Say,
+    show: Callable[[StepReport], None],
+) -> dict[str, Any]:
+    chain = load_chain(recipe, overrides)
+    stem = "" if isinstance(recipe, Mapping) else Path(recipe).stem
+    folder = chain_run(run or chain.run or (stem if NAME.match(stem) else None))
+    try:
+        folder.lock()
+        from tunesmith.stages import chain as chains
+
+        return chains.start(folder, chain, say=say, show=show)
     finally:
         if folder.locked:
             folder.discard()
@@ -98,6 +137,8 @@ def finetune(
 def resume(run: str | Path, *, say: Say = _silent, show: Callable[[StepReport], None] = _silent) -> dict[str, Any]:
     """Go on with an interrupted run from its newest sound checkpoint; a finished one gives its result again."""
     folder = open_run(run)
+    if is_chain(folder):
+        return _resume_chain(folder, say=say, show=show)
     if folder.finished:
         say(f"{folder.path} is finished; this is its result")
         if not (folder.file("report").is_file() and folder.file("card").is_file()):
@@ -110,6 +151,19 @@ def resume(run: str | Path, *, say: Say = _silent, show: Callable[[StepReport], 
         from tunesmith.stages import running
 
         return running.go_on(folder, say=say, show=show)
+    finally:
+        folder.unlock()
+
+
+def _resume_chain(folder: RunDir, *, say: Say, show: Callable[[StepReport], None]) -> dict[str, Any]:
+    if folder.finished and folder.file("report").is_file():
+        say(f"{folder.path} is finished; this is its result")
+        return dict(folder.read_json("result"))
+    folder.lock()
+    try:
+        from tunesmith.stages import chain as chains
+
+        return chains.go_on(folder, say=say, show=show)
     finally:
         folder.unlock()
 
@@ -127,7 +181,7 @@ def predict(run: str | Path, texts: Sequence[str], *, max_tokens: int = 256) -> 
     """Per text, `{text, answer}`: the label with the probabilities of all (classify), else a greedy completion."""
     from tunesmith.stages import using
 
-    return using.predict(open_run(run), list(texts), max_tokens=max_tokens)
+    return using.predict(model_run(open_run(run)), list(texts), max_tokens=max_tokens)
 
 
 def read_texts(path: str | Path, column: str | None = None) -> list[str]:
@@ -146,7 +200,7 @@ def open_chat(run: str | Path) -> Callable[..., str]:
     """`chat` for many prompts: the run is opened once, and `ask(prompt, max_tokens, temperature, seed)` answers."""
     from tunesmith.stages import using
 
-    return using.chat(open_run(run))
+    return using.chat(model_run(open_run(run)))
 
 
 def check(recipe_or_data: RecipeLike, overrides: Sequence[str] = (), *, say: Say = _silent) -> dict[str, Any]:
@@ -155,6 +209,10 @@ def check(recipe_or_data: RecipeLike, overrides: Sequence[str] = (), *, say: Say
 
     if isinstance(recipe_or_data, (str, Path)) and Path(recipe_or_data).suffix not in (".yaml", ".yml"):
         return checking.check_data(str(recipe_or_data))
+    if not isinstance(recipe_or_data, Resolved) and is_chain_recipe(recipe_or_data):
+        from tunesmith.stages import chain as chains
+
+        return {"chain": chains.check(load_chain(recipe_or_data, overrides), say=say)}
     return checking.check_recipe(_resolved(recipe_or_data, overrides), say=say)
 
 
@@ -162,7 +220,7 @@ def export(run: str | Path, to: str | Path, format: str = "adapter", *, say: Say
     """Write the tuned model to `to` as PEFT's adapter folder or as a merged transformers model, verified."""
     from tunesmith.stages import using
 
-    return using.export(open_run(run), Path(to), format, say=say)
+    return using.export(model_run(open_run(run)), Path(to), format, say=say)
 
 
 def runs_list(root: str | Path = "runs") -> list[dict[str, Any]]:
@@ -172,7 +230,7 @@ def runs_list(root: str | Path = "runs") -> list[dict[str, Any]]:
 
 def _row(run: RunDir) -> dict[str, Any]:
     if not run.finished:
-        return {"run": run.name, "finished": False}
+        return {"run": run.name, "finished": False, **({"stage": "chain"} if is_chain(run) else {})}
     result = run.read_json("result")
     keep = ("stage", "base", "method", "verdict", "trainable_parameters", "seconds")
     return {"run": run.name, "finished": True, **{key: result.get(key) for key in keep}}
@@ -183,7 +241,17 @@ def runs_show(run: str | Path) -> dict[str, Any]:
     folder = open_run(run)
     if folder.finished:
         return dict(folder.read_json("result"))
-    return {"run": folder.name, "finished": False, "note": f"go on with `tunesmith train --resume {folder.path}`"}
+    note = f"go on with `tunesmith train --resume {folder.path}`"
+    done = {"stages": _stages_of(folder)} if is_chain(folder) else {}
+    return {"run": folder.name, "finished": False, **done, "note": note}
+
+
+def _stages_of(chain: RunDir) -> dict[str, str]:
+    """Each stage of a chain, and whether it is finished, under way or still to come."""
+    stages = load_saved(chain.file("recipe"), Path.cwd()).stages
+    places = {stage.name: RunDir(chain.path / stage.name) for stage in stages}
+    begun = {name: place.file("recipe").is_file() for name, place in places.items()}
+    return {n: "finished" if p.finished else ("under way" if begun[n] else "to come") for n, p in places.items()}
 
 
 def runs_diff(a: str | Path, b: str | Path) -> dict[str, Any]:
@@ -198,6 +266,9 @@ def runs_diff(a: str | Path, b: str | Path) -> dict[str, Any]:
 def _settings(run: RunDir) -> dict[str, Any]:
     from tunesmith.recipe import load_resolved
 
+    if is_chain(run):
+        stages = load_saved(run.file("recipe"), Path.cwd()).stages
+        return flatten({s.name: s.resolved.recipe.model_dump(exclude={"run"}, exclude_none=True) for s in stages})
     return flatten(load_resolved(run.file("recipe")).model_dump(exclude={"run"}, exclude_none=True))
 
 

@@ -57,7 +57,10 @@ def result_lines(result: Mapping[str, Any]) -> list[str]:
     lines += [""] if lines else []
     keys = ("run", "stage", "method", "trainable_parameters", "total_parameters", "seconds", "tokens_per_second",
             "peak_memory_bytes", "finished", "note", "verdict")  # fmt: skip
-    return lines + table([[key, number_text(result[key])] for key in keys if result.get(key) is not None] or [["", ""]])
+    lines += table([[key, number_text(result[key])] for key in keys if result.get(key) is not None] or [["", ""]])
+    stages = result.get("stages")
+    lines += ["", *tree_lines(stages)] if isinstance(stages, Mapping) else []
+    return [*lines, "", *result["tree"]] if result.get("tree") else lines
 
 
 def tree_lines(value: Mapping[str, Any], indent: str = "") -> list[str]:

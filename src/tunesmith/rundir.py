@@ -158,6 +158,13 @@ def refuse_taken(path: Path) -> None:
         )
 
 
+def chain_run(name: str | None, *, root: Path | str = "runs") -> RunDir:
+    """The folder of a chain: the one that this name has already, whose stages are taken over, or a new one."""
+    if name and is_chain(RunDir(_place(name, root))):
+        return RunDir(_place(name, root))
+    return create_run(name, stage="chain", root=root)
+
+
 def open_run(name: str | Path, *, root: Path | str = "runs") -> RunDir:
     """An existing run, by folder or by its name under `root`."""
     for candidate in (Path(name), Path(root) / str(name)):

@@ -20,7 +20,7 @@ from tunesmith.model.trainable import Trainable
 from tunesmith.plan.hardware import choose_device, choose_precision
 from tunesmith.recipe import Recipe, load_recipe, load_resolved
 from tunesmith.rollout.sampler import Sampler
-from tunesmith.rundir import RunDir, open_run
+from tunesmith.rundir import RunDir, model_run, open_run
 from tunesmith.stages.finals import Tuned, classify_texts, longest_of, open_tuned
 from tunesmith.stages.job import Inputs, Job, Measured
 from tunesmith.stages.prepare import (
@@ -72,7 +72,7 @@ class _Model:
 def find_run(target: str | Path) -> RunDir | None:
     """The run of that name or folder; None when it is no run. A run that is not finished is still one."""
     try:
-        return open_run(target)
+        return model_run(open_run(target))
     except RunError:
         return None
 
