@@ -15,6 +15,9 @@ from tunesmith.data.templates import Template, placeholders
 from tunesmith.data.turns import asked, check_trained, check_turns, messages_of, tools_of
 from tunesmith.errors import DataError
 
+COMPLETED = ("sft", "pretrain", "mlm")
+"""Stages that use a template's completion; the others are given its prompt alone."""
+
 
 def converter(layout: Layout, stage: str, template: Template | None) -> Callable[[Row], Record]:
     """The function that types a row of this layout."""
@@ -47,6 +50,28 @@ def _chat(row: Row, columns: Mapping[str, str]) -> Chat:
     check_turns(messages)
     check_trained(messages)
     return Chat(messages, tools_of(row, columns), origin=row.origin)
+
+
+def instances_of(row: Row, layout: Layout) -> list[Row]:
+    """A row of the format `instances` as one row for each of its instances, with their fields beside the row's own."""
+    column = layout.columns.get("instances") if layout.format == "instances" else None
+    held = row.values.get(column) if column else None
+    if column is None or not isinstance(held, list | tuple) or not held:
+        return [row]
+    return [
+        Row({**row.values, column: (item,)}, f"{row.origin}[{number}]" if len(held) > 1 else row.origin, row.raw)
+        for number, item in enumerate(held, start=1)
+    ]
+
+
+def _instance(row: Row, columns: Mapping[str, str]) -> Chat:
+    column = columns["instances"]
+    held = value_at(row, column)
+    item = held[0] if isinstance(held, list | tuple) and held else None
+    if not isinstance(item, Mapping):
+        raise RowError(f"{column!r} holds no instance", 'write [{"input": "...", "output": "..."}]')
+    inner = Row({**row.values, **item}, row.origin, row.raw)
+    return _answered("instruction", "output")(inner, {**columns, "input": "input", "output": "output"})
 
 
 def _sharegpt(row: Row, columns: Mapping[str, str]) -> Chat:
@@ -110,6 +135,7 @@ _MAKERS: dict[str, Callable[[Row, Mapping[str, str]], Record]] = {
     "messages": _chat,
     "sharegpt": _sharegpt,
     "alpaca": _answered("instruction", "output"),
+    "instances": _instance,
     "prompt_completion": _answered("prompt", "completion"),
     "question_answer": _answered("question", "answer"),
     "labelled": _labelled,
@@ -122,27 +148,34 @@ _MAKERS: dict[str, Callable[[Row, Mapping[str, str]], Record]] = {
 
 
 def _templated(row: Row, columns: Mapping[str, str], stage: str, template: Template) -> Record:
-    values = {**row.values, **{role: value_at(row, columns.get(role, role)) for role in template.columns}}
-    for role in template.columns:
+    whole = stage in COMPLETED
+    roles = template.columns if whole else tuple(dict.fromkeys(placeholders(template.prompt)))
+    values = {**row.values, **{role: value_at(row, columns.get(role, role)) for role in roles}}
+    for role in roles:
         value = values[role]
-        if value is None or role in placeholders(template.completion):
+        if value is None or (whole and role in placeholders(template.completion)):
             values[role] = value if isinstance(value, int | float | list) else text_at(row, columns.get(role, role))
         elif isinstance(value, str):
             check_text(value, role)
-    pasted = [values[role] for role in template.columns]
+    pasted = [values[role] for role in roles]
     if all(isinstance(value, str) and not value.strip() for value in pasted):
-        raise RowError(f"{', '.join(template.columns)}: nothing but empty text", "write the text or leave the row out")
+        raise RowError(f"{', '.join(roles)}: nothing but empty text", "write the text or leave the row out")
     try:
-        prompt, completion = template.render(values)
+        prompt, completion = template.render(values, completion=whole)
     except DataError as error:
         raise RowError(str(error), "mend the row or the template") from None
+    return _filled(row, columns, stage, prompt, completion)
+
+
+def _filled(row: Row, columns: Mapping[str, str], stage: str, prompt: str, completion: str) -> Record:
     if stage in ("pretrain", "mlm"):
         return Text(prompt + completion, row.origin)
     if stage == "classify":
-        return Labelled(prompt + completion, label_of(row, columns["label"]), None, row.origin)
+        return Labelled(prompt, label_of(row, columns["label"]), None, row.origin)
     asked = (Message("user", prompt),)
     if stage in ("reward", "dpo"):
-        return pair_of(asked, text_at(row, columns["chosen"]), text_at(row, columns["rejected"]), row.origin)
+        pair = pair_of(asked, text_at(row, columns["chosen"]), text_at(row, columns["rejected"]), row.origin)
+        return replace(pair, plain=True)
     if stage in ("ppo", "grpo"):
-        return Prompt(asked, completion or optional_text(row, columns, "answer"), _others(row, columns), row.origin)
+        return Prompt(asked, optional_text(row, columns, "answer"), _others(row, columns), row.origin)
     return Chat((*asked, Message("assistant", completion)), plain=True, origin=row.origin)

@@ -46,23 +46,31 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two answers to one prompt, the better one first. `margin` is how much better, where the row says so."""
+    """Two answers to one prompt, the better one first. `margin` is how much better, where the row says so.
+
+    `plain`: a prompt template already made the prompt, so no chat template goes round it.
+    """
 
     prompt: tuple[Message, ...]
     chosen: str
     rejected: str
     origin: str = ""
     margin: float | None = None
+    plain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """K >= 2 answers to one prompt with the rank of each: 1 is the best, equal ranks are a tie."""
+    """K >= 2 answers to one prompt with the rank of each: 1 is the best, equal ranks are a tie.
+
+    `plain` as for a pair.
+    """
 
     prompt: tuple[Message, ...]
     completions: tuple[str, ...]
     ranks: tuple[int, ...]
     origin: str = ""
+    plain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +85,16 @@ class Labelled:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a policy answers. `answer` is a reference for rewards; `columns` are the row's other fields."""
+    """What a policy answers. `answer` is a reference for rewards; `columns` are the row's other fields.
+
+    `plain`: a prompt template already made the prompt, so no chat template goes round it.
+    """
 
     messages: tuple[Message, ...]
     answer: str | None = None
     columns: Mapping[str, object] = field(default_factory=dict)
     origin: str = ""
+    plain: bool = False
 
 
 Record = Text | Chat | Pair | Ranking | Labelled | Prompt

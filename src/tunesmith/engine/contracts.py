@@ -60,13 +60,17 @@ Evaluate = Callable[[int], Mapping[str, float]]
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stage is data: a model that answers a batch, an objective that sums, a source that yields."""
+    """A stage is data: a model that answers a batch, an objective that sums, a source that yields.
+
+    `describe` is what the source knows of the data of a step, as of rollouts their reward; it joins the step's line.
+    """
 
     name: str
     model: nn.Module
     objective: Objective
     source: Source
     evaluate: Evaluate | None = None
+    describe: Evaluate | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from tunesmith.engine.metrics import MetricsLog
 from tunesmith.engine.optim import clip, gradient_norm, rate_at, set_rate
 from tunesmith.engine.signals import StopSignals
 from tunesmith.engine.state import TrainState
-from tunesmith.errors import Interrupted, NonFiniteError
+from tunesmith.errors import Interrupted, NonFiniteError, RunError, TunesmithError
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,8 @@ def fit(
     """Train `stage` from `state.step` to the source's last step; the best weights are in the model afterwards.
 
     Raises `NonFiniteError` before a step that would spoil the weights and `Interrupted` after a signal; in both
-    cases the last good checkpoint stands.
+    cases the last good checkpoint stands. What a source cannot give (a reward that fails) ends the run too, and the
+    steps before it are saved.
     """
     progress: Progress = state.progress
     if not resumed:
@@ -68,7 +69,13 @@ def fit(
     with StopSignals() as stop:
         for step in range(state.step + 1, last + 1):
             started = time.perf_counter()
-            line, tokens = train_step(stage, state.optimizer, spec, step)
+            try:
+                line, tokens = train_step(stage, state.optimizer, spec, step)
+            except (NonFiniteError, RunError):
+                raise
+            except TunesmithError:
+                save(stage, state, spec, files)
+                raise
             state.step = step
             progress.tokens += tokens
             files.metrics.append(line)
@@ -111,6 +118,7 @@ def train_step(
         "learning_rate": rate_at(spec.optim, step - 1, stage.source.num_steps),
         "targets": count,
         **{name: value / number for name, (value, number) in sums.items() if number},
+        **(stage.describe(step) if stage.describe is not None else {}),
     }
     return line, sum(batch.num_tokens for batch in batches)
 

@@ -23,6 +23,8 @@ class OptimSpec:
     schedule: str = "linear"
     warmup_steps: int = 0
     clip_norm: float | None = 1.0
+    rate_ratios: tuple[tuple[str, float], ...] = ()
+    """(beginning of a parameter's name, multiple of the rate): a critic beside its policy, for one."""
 
 
 def rate_at(spec: OptimSpec, steps_done: int, num_steps: int) -> float:
@@ -38,19 +40,16 @@ def rate_at(spec: OptimSpec, steps_done: int, num_steps: int) -> float:
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], spec: OptimSpec) -> list[dict[str, object]]:
-    """Groups by (decayed or not, LoRA B or not). Biases and norms, all one-dimensional, are not decayed."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    """Groups by (decayed or not, multiple of the rate). Biases and norms, all one-dimensional, are not decayed."""
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in named:
         if parameter.requires_grad:
-            is_b = spec.b_rate_ratio != 1.0 and "lora_B" in name
-            groups.setdefault((parameter.dim() > 1, is_b), []).append(parameter)
+            ratio = spec.b_rate_ratio if "lora_B" in name else 1.0
+            ratio *= math.prod(r for start, r in spec.rate_ratios if name.startswith(start))
+            groups.setdefault((parameter.dim() > 1, ratio), []).append(parameter)
     return [
-        {
-            "params": parameters,
-            "weight_decay": spec.weight_decay if decayed else 0.0,
-            "rate_ratio": spec.b_rate_ratio if is_b else 1.0,
-        }
-        for (decayed, is_b), parameters in groups.items()
+        {"params": parameters, "weight_decay": spec.weight_decay if decayed else 0.0, "rate_ratio": ratio}
+        for (decayed, ratio), parameters in groups.items()
     ]
 
 

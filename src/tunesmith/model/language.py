@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.batch import Batch, Outputs
+from tunesmith.model.critic import ValueHead, every_hidden
 from tunesmith.model.heads import language_head
 from tunesmith.model.packing import Layout, choose_layout, flat_hidden, own_logits, position_offset
 from tunesmith.ops import chunked_logprobs
@@ -56,24 +57,30 @@ class LanguageModel(nn.Module):
         """What logits are divided by before they are probabilities; 1 unless a policy says otherwise."""
         return 1.0 if self.policy is None else self.policy.temperature
 
-    def forward(self, batch: Batch) -> Outputs:
-        """`Outputs.logprobs [B, T]`, nats, 0 where the weight is 0; `entropy` and `values` likewise."""
+    def forward(self, batch: Batch, *, values: bool = True) -> Outputs:
+        """`Outputs.logprobs [B, T]`, nats, 0 where the weight is 0, and a policy's `entropy` likewise; a critic's
+        `values` of all tokens unless they are not wanted."""
         counted = batch.weights > 0
         device, low = batch.input_ids.device.type, self.compute != torch.float32
         with torch.autocast(device, self.compute, enabled=low):
             if self.layout is Layout.PACKED:
                 assert self._head is not None
-                hidden = flat_hidden(self.backbone, batch, causal=self.causal, offset=self.offset)[counted[0]]
-                values, entropy = self._answer(self._head.transform(hidden), batch.targets[counted])
+                hidden = flat_hidden(self.backbone, batch, causal=self.causal, offset=self.offset)
+                logprobs, entropy = self._answer(self._head.transform(hidden[counted[0]]), batch.targets[counted])
             else:
-                logits = own_logits(self.backbone, batch, self.layout)[counted[batch.segments >= 0]]
-                values, entropy = self._of_logits(logits, batch.targets[counted])
-            state_values = None if self.critic is None else self.critic(batch)
-        return Outputs(
-            logprobs=_spread(values, counted),
-            entropy=None if entropy is None else _spread(entropy, counted),
-            values=state_values,
-        )
+                hidden, logits = None, own_logits(self.backbone, batch, self.layout)
+                logprobs, entropy = self._of_logits(logits[counted[batch.segments >= 0]], batch.targets[counted])
+            return Outputs(
+                logprobs=_spread(logprobs, counted),
+                entropy=None if entropy is None else _spread(entropy, counted),
+                values=self._values(batch, hidden) if values else None,
+            )
+
+    def _values(self, batch: Batch, hidden: Tensor | None) -> Tensor | None:
+        if isinstance(self.critic, ValueHead):
+            every = every_hidden(self.backbone, batch, self.layout, offset=self.offset) if hidden is None else hidden
+            return self.critic(every, batch)
+        return None if self.critic is None else self.critic(batch)
 
     def _answer(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         """Log-probs and, for a policy, entropies `[N]` from `hidden [N, D]`."""
