@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from tunesmith.data.cells import check_text, optional_text, text_at, value_at
 from tunesmith.data.detect import Layout
@@ -177,5 +178,5 @@ def _filled(row: Row, columns: Mapping[str, str], stage: str, prompt: str, compl
         pair = pair_of(asked, text_at(row, columns["chosen"]), text_at(row, columns["rejected"]), row.origin)
         return replace(pair, plain=True)
     if stage in ("ppo", "grpo"):
-        return Prompt(asked, optional_text(row, columns, "answer"), _others(row, columns), row.origin)
+        return Prompt(asked, optional_text(row, columns, "answer"), _others(row, columns), row.origin, plain=True)
     return Chat((*asked, Message("assistant", completion)), plain=True, origin=row.origin)
