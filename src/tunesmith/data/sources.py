@@ -7,13 +7,14 @@ import glob
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tunesmith.data.files import DataFile
 from tunesmith.data.readers import KINDS
 from tunesmith.data.rows import BadRow, Row
+from tunesmith.embedded import data_file
 from tunesmith.errors import DataError, several
 
 Spec = str | Path | Sequence["str | Path"]
@@ -45,7 +46,8 @@ def find(spec: Spec) -> Found:
             if paths is None:
                 hub.append(str(part))
             else:
-                files += [DataFile.at(path) for path in paths]
+                named = {} if data_file(str(part)) is None else {"name": str(part)}
+                files += [replace(DataFile.at(path), **named) for path in paths]
         except DataError as error:
             problems.append(str(error))
     if not parts:
@@ -60,7 +62,7 @@ def _paths(part: str | Path, notes: list[str]) -> list[Path] | None:
     text = str(part)
     if not text.strip() or "\x00" in text:
         raise DataError(f"data: {text!r} is no path; give a file, a folder, a glob or a hub id")
-    path = Path(text).expanduser()
+    path = data_file(text) or Path(text).expanduser()
     if path.is_dir():
         return _folder(path, None, notes)
     if path.exists():

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
+from tunesmith.embedded import base_folder
 from tunesmith.errors import ModelError, TunesmithError, several
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -48,7 +49,7 @@ def explained(base: str | Path, what: str) -> Iterator[None]:
 
 
 def resolve(base: str | Path, *, trust: str | None = None) -> Path:
-    """The folder of `base`: itself, or the downloaded snapshot of a hub id (`owner/name` or `owner/name@revision`)."""
+    """The folder of `base`: itself, the embedded base, or a hub id's downloaded snapshot (`owner/name[@revision]`)."""
     text = str(base)
     folder = Path(text).expanduser()
     if folder.is_dir():
@@ -58,6 +59,9 @@ def resolve(base: str | Path, *, trust: str | None = None) -> Path:
             " GGUF files are for inference: name the folder of the original weights" if text.endswith(".gguf") else ""
         )
         raise ModelError(f"{text} is a file, not a folder with config.json and *.safetensors.{hint}")
+    embedded = base_folder(text)
+    if embedded is not None:
+        return embedded
     if text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
         raise ModelError(f"{text} does not exist.{_near(folder)} Name a folder with a model, or a hub id (owner/name)")
     name, _, revision = text.partition("@")
