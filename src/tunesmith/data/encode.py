@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from tunesmith.batch import Sample
+from tunesmith.data.answers import Limits, encode_answers
 from tunesmith.data.chat import Marks, encode_text, marks_of, prompt_ids, render
-from tunesmith.data.kinds import Chat, Labelled, Record, Text
+from tunesmith.data.kinds import Chat, Labelled, Pair, Ranking, Record, Text
 from tunesmith.errors import DataError
 
 POLICIES = ("error", "truncate_left", "truncate_right", "split", "drop")
@@ -24,7 +25,8 @@ class Encoder:
     """record -> samples for one stage. `tally` counts what was done to rows longer than `max_length` tokens.
 
     `truncated` and `split` count rows, `tokens_lost` the tokens that truncation cut off; `dropped_too_long`,
-    `dropped_no_answer_left` and `dropped_nothing_to_predict` count rows of which no sample is left.
+    `dropped_no_answer_left`, `dropped_nothing_to_predict` and `dropped_nothing_to_compare` (answers that are all the
+    same or all tied) count rows of which no sample is left.
 
     `mask_prompt`: only answers are trained on. `label_names` are the classes in their order; unknown labels are a
     `DataError`. Under the policy `error` a row that is too long is encoded as it is and counted: who collects the
@@ -61,6 +63,9 @@ class Encoder:
             return self._chat(record)
         if isinstance(record, Labelled) and self.stage == "classify":
             return self._labelled(record)
+        if isinstance(record, Pair | Ranking) and self.stage in ("reward", "dpo"):
+            limits = Limits(self.max_length, self.on_too_long)
+            return encode_answers(record, self.tokenizer, self._marks, limits, self.tally)
         text = record.text if isinstance(record, Text | Labelled) else None
         if text is None:
             raise DataError(f"stage {self.stage} cannot train on a {type(record).__name__} row")

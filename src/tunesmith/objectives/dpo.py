@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.batch import Batch, Loss, Outputs
-from tunesmith.objectives.pairs import Pairs, half_for_ties, num_groups, pairs_of, weighted
+from tunesmith.objectives.pairs import Compared, Pairs, half_for_ties, num_groups, pairs_of, weighted
 from tunesmith.ops import segment_sums
 
 LossName = Literal["sigmoid", "ipo", "hinge", "orpo", "simpo"]
@@ -52,14 +52,19 @@ class Preference:
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
         """The sum over prompts, and means over pairs: `accuracy` (the better completion has the higher implicit
         reward; a tie is half right), `margin` between the two rewards, rewards and log-probs of both sides."""
+        found = self.compare(outputs, batch)
+        return Loss(weighted(found.costs, found.pairs.share), self._metrics(found, outputs, batch))
+
+    def compare(self, outputs: Outputs, batch: Batch) -> Compared:
+        """The implicit reward of every completion and the loss of every pair."""
         assert outputs.logprobs is not None, "the model gave no log-probs"
         pairs = pairs_of(batch)
-        lengths = _totals(torch.ones_like(outputs.logprobs), batch)
-        policy = _totals(outputs.logprobs, batch)
-        costs = self._costs(policy, lengths, batch, pairs)
+        policy, lengths = _totals(outputs.logprobs, batch), _totals(torch.ones_like(outputs.logprobs), batch)
+        rewards = self.rewards(policy, lengths, batch)
+        costs = self._costs(rewards, policy / lengths, pairs)
         if self.sft_coef:
             costs = costs - self.sft_coef * (policy / lengths)[pairs.better]
-        return Loss(weighted(costs, pairs.share), self._metrics(policy, lengths, batch, pairs))
+        return Compared(rewards, costs, pairs)
 
     def rewards(self, policy: Tensor, lengths: Tensor, batch: Batch) -> Tensor:
         """The implicit reward `[S]` of every completion: β(L - Lref), per token where the loss is; β·l without a
@@ -69,11 +74,10 @@ class Preference:
             return self.beta * (policy - reference) / (lengths if self.length_normalized else 1.0)
         return self.beta * policy / lengths
 
-    def _costs(self, policy: Tensor, lengths: Tensor, batch: Batch, pairs: Pairs) -> Tensor:
+    def _costs(self, rewards: Tensor, per_token: Tensor, pairs: Pairs) -> Tensor:
         if self.loss_name == "orpo":
-            odds = _log_odds(policy / lengths)
-            return self.beta * F.softplus(odds[pairs.worse] - odds[pairs.better]) - (policy / lengths)[pairs.better]
-        rewards = self.rewards(policy, lengths, batch)
+            odds = _log_odds(per_token)
+            return self.beta * F.softplus(odds[pairs.worse] - odds[pairs.better]) - per_token[pairs.better]
         margins = rewards[pairs.better] - rewards[pairs.worse]
         if self.loss_name == "simpo":
             return F.softplus(self.gamma - margins)
@@ -84,10 +88,11 @@ class Preference:
         smooth = self.label_smoothing
         return (1 - smooth) * F.softplus(-margins) + smooth * F.softplus(margins)
 
-    def _metrics(self, policy: Tensor, lengths: Tensor, batch: Batch, pairs: Pairs) -> dict[str, tuple[Tensor, float]]:
-        rewards = self.rewards(policy, lengths, batch).detach()
-        gaps = rewards[pairs.better] - rewards[pairs.worse]
-        found = {
+    def _metrics(self, found: Compared, outputs: Outputs, batch: Batch) -> dict[str, tuple[Tensor, float]]:
+        assert outputs.logprobs is not None
+        pairs, rewards, gaps = found.pairs, found.scores.detach(), found.gaps.detach()
+        policy = _totals(outputs.logprobs.detach(), batch)
+        metrics = {
             "accuracy": pairs.mean(half_for_ties(gaps)),
             "margin": pairs.mean(gaps),
             "chosen_reward": pairs.mean(rewards[pairs.better]),
@@ -96,9 +101,10 @@ class Preference:
             "rejected_logprob": pairs.mean(policy[pairs.worse]),
         }
         if self.needs_reference:
-            drift = (policy - _totals(batch.columns["reference_logprobs"].to(policy.dtype), batch)) / lengths
-            found["log_ratio"] = pairs.mean((drift[pairs.better] + drift[pairs.worse]) / 2)
-        return found
+            reference = _totals(batch.columns["reference_logprobs"].to(policy.dtype), batch)
+            drift = (policy - reference) / _totals(torch.ones_like(outputs.logprobs), batch)
+            metrics["log_ratio"] = pairs.mean((drift[pairs.better] + drift[pairs.worse]) / 2)
+        return metrics
 
 
 def _totals(values: Tensor, batch: Batch) -> Tensor:

@@ -28,6 +28,20 @@ class Pairs:
         return (values.detach().double() * self.share).sum(), self.num_groups
 
 
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What a preference objective makes of a batch: a score for every answer `[S]`, the loss of every pair `[P]`."""
+
+    scores: Tensor
+    costs: Tensor
+    pairs: Pairs
+
+    @property
+    def gaps(self) -> Tensor:
+        """Score of the better answer minus that of the worse `[P]`."""
+        return self.scores[self.pairs.better] - self.scores[self.pairs.worse]
+
+
 def pairs_of(batch: Batch) -> Pairs:
     """All pairs of segments of one group whose ranks (`labels`, 1 is the best) differ.
 

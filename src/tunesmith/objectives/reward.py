@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 
 from tunesmith.batch import Batch, Loss, Outputs
-from tunesmith.objectives.pairs import half_for_ties, num_groups, pairs_of, weighted
+from tunesmith.objectives.pairs import Compared, half_for_ties, num_groups, pairs_of, weighted
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +28,17 @@ class BradleyTerry:
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
         """The sum over prompts; `accuracy` and `margin` (the gap in score) are means over pairs, then prompts."""
+        found = self.compare(outputs, batch)
+        pairs, gaps = found.pairs, found.gaps
+        metrics = {"accuracy": pairs.mean(half_for_ties(gaps)), "margin": pairs.mean(gaps)}
+        return Loss(weighted(found.costs, pairs.share), metrics)
+
+    def compare(self, outputs: Outputs, batch: Batch) -> Compared:
+        """The score of every answer and the loss of every pair."""
         assert outputs.scores is not None, "the model gave no scores"
         scores, pairs = outputs.scores[:, 0], pairs_of(batch)
         better, worse = scores[pairs.better], scores[pairs.worse]
-        gaps = better - worse
-        costs = F.softplus(self.margin - gaps)
+        costs = F.softplus(self.margin - (better - worse))
         if self.center_coef:
             costs = costs + self.center_coef * (better + worse).square()
-        metrics = {"accuracy": pairs.mean(half_for_ties(gaps)), "margin": pairs.mean(gaps)}
-        return Loss(weighted(costs, pairs.share), metrics)
+        return Compared(scores, costs, pairs)
