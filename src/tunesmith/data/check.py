@@ -272,9 +272,10 @@ class _Ngrams:
             return
         keys, rows = np.concatenate(self._pieces), np.concatenate(self._rows)
         limit = max(_BOILERPLATE_ROWS, len(self._pieces) // 100)
-        unique, start, counts = np.unique(keys, return_index=True, return_counts=True)
-        rare = counts <= limit
-        self._keys, self._owner = unique[rare], rows[start[rare]]
+        order = np.argsort(keys, kind="stable")
+        _, inverse, counts = np.unique(keys[order], return_inverse=True, return_counts=True)
+        rare = counts[inverse] <= limit
+        self._keys, self._owner = keys[order][rare], rows[order][rare]
         self._pieces, self._rows = [], []
 
     def look(self, number: int, text: str) -> None:
@@ -282,9 +283,12 @@ class _Ngrams:
         hashes = self._hashes(text, learn=False)
         if not len(hashes) or not len(self._keys):
             return
-        at = np.minimum(np.searchsorted(self._keys, hashes), len(self._keys) - 1)
-        for owner in np.unique(self._owner[at[self._keys[at] == hashes]]):
-            self._match.setdefault(int(owner), number)
+        starts = np.searchsorted(self._keys, hashes)
+        found = starts[self._keys[np.minimum(starts, len(self._keys) - 1)] == hashes]
+        for start in found:
+            stop = np.searchsorted(self._keys, self._keys[start], side="right")
+            for owner in self._owner[start:stop]:
+                self._match.setdefault(int(owner), number)
 
     def findings(self, train: Sequence[str], other: Sequence[str], taken: set[int]) -> Iterator[Finding]:
         """Eval rows, other than those found whole, that share a run of 13 words with a training row."""

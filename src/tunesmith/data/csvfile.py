@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from tunesmith.data.files import MAX_ROW_BYTES, DataFile, Line, lines_of
-from tunesmith.data.rows import BadRow, Row, RowError, bad_row
+from tunesmith.data.rows import BadRow, Row, RowError, bad_row, shown
 from tunesmith.errors import DataError
 
 DELIMITERS = (",", ";", "\t", "|")
@@ -89,8 +89,12 @@ def _records(lines: Iterable[Line], delimiter: str, name: str) -> Iterator[tuple
         elif record.size > MAX_ROW_BYTES:
             break
     if record is not None:
-        error = RowError("a quote is opened and never closed", "close it before the next delimiter, or write it twice")
-        yield record.line, bad_row(f"{name}:{record.line}", error, raw), ""
+        near = shown(raw, 80)
+        raise DataError(
+            f"{name}:{record.line}: a quote is opened and never closed; what follows cannot be read.\n"
+            f"      row: {near}\n"
+            '      fix: close it before the next delimiter, or write a quote that is text as "" inside quotes'
+        )
 
 
 def sniff(lines: Iterable[Line], name: str) -> str:
@@ -98,13 +102,25 @@ def sniff(lines: Iterable[Line], name: str) -> str:
     sample = list(islice(lines, 200))
     best, best_score = ",", (0.0, 0)
     for delimiter in DELIMITERS:
-        widths = [len(cells) for _, cells, _ in _records(sample, delimiter, name) if isinstance(cells, list)]
+        widths = _widths(sample, delimiter, name)
         if not widths or widths[0] < 2:
             continue
         score = (sum(width == widths[0] for width in widths) / len(widths), widths[0])
         if score > best_score:
             best, best_score = delimiter, score
     return best
+
+
+def _widths(sample: Iterable[Line], delimiter: str, name: str) -> list[int]:
+    """Cells of each sampled record; one that the sample cuts off inside quotes is left out."""
+    widths: list[int] = []
+    try:
+        for _, cells, _ in _records(sample, delimiter, name):
+            if isinstance(cells, list):
+                widths.append(len(cells))
+    except DataError:
+        pass
+    return widths
 
 
 def csv_rows(file: DataFile) -> Iterator[Row | BadRow]:
@@ -129,12 +145,20 @@ def csv_rows(file: DataFile) -> Iterator[Row | BadRow]:
 
 
 def _header(cells: list[str] | BadRow, name: str) -> list[str]:
+    """The names of the columns. A first one without a name is the row number that pandas writes."""
     if isinstance(cells, BadRow):
         raise DataError(str(cells))
     header = [cell.strip() for cell in cells]
+    if "\r" in "".join(header):
+        raise DataError(
+            f"{name}:1: the lines end with a carriage return alone; convert them: tr '\\r' '\\n' < FILE > NEW"
+        )
+    if len(header) > 1 and not header[0] and "index" not in header:
+        header[0] = "index"
+    named = ", ".join(shown(cell, 40) for cell in header)
     if any(not cell for cell in header):
-        raise DataError(f"{name}:1: the header has a column without a name: {', '.join(header)}; name every column")
-    twins = sorted({cell for cell in header if header.count(cell) > 1})
+        raise DataError(f"{name}:1: the header has a column without a name: {named}; name every column")
+    twins = sorted({shown(cell, 40) for cell in header if header.count(cell) > 1})
     if twins:
         raise DataError(f"{name}:1: the header names {', '.join(twins)} twice; give each column a name of its own")
     return header

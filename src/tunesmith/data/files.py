@@ -73,20 +73,24 @@ class DataFile:
 
 @contextmanager
 def opened(file: DataFile) -> Iterator[IO[bytes]]:
-    """The file's bytes, unzipped if it is gzip, whatever it is called; structural damage becomes a DataError."""
-    with open(file.path, "rb") as raw:
-        head = raw.read(4)
-        raw.seek(0)
-        if not head.startswith(GZIP_MAGIC):
-            if file.path.suffix == ".gz":
+    """The file's bytes, unzipped if it is gzip, whatever it is called; damage and a failing disk become a DataError."""
+    try:
+        with open(file.path, "rb") as raw:
+            head = raw.read(4)
+            raw.seek(0)
+            if head.startswith(GZIP_MAGIC):
+                with gzip.open(raw, "rb") as unzipped:
+                    yield unzipped  # type: ignore[misc]
+            elif file.path.suffix == ".gz":
                 raise DataError(f"{file.name}: is called .gz but is not gzip; take .gz off its name or pack it again")
-            yield raw
-            return
-        try:
-            with gzip.open(raw, "rb") as unzipped:
-                yield unzipped  # type: ignore[misc]
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(f"{file.name}: the gzip data is damaged or cut short ({error}); copy it again") from None
+            else:
+                yield raw
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{file.name}: the gzip data is damaged or cut short ({error}); copy it again") from None
+    except OSError as error:
+        raise DataError(
+            f"{file.name}: cannot be read ({error.strerror or error}); check the disk, or copy it again"
+        ) from None
 
 
 def head_of(file: DataFile, size: int = 65536) -> bytes:

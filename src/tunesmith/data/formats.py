@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tunesmith.data.survey import Survey, fold
+from tunesmith.data.survey import IGNORED, Survey, fold
 
 Finding = Mapping[str, str] | None
 
@@ -22,8 +22,14 @@ ANSWERS = _words(
     "completion answer response output reply solution assistant target summary translation a antwort "
     "respuesta risposta resposta antwoord svar reponse réponse"
 )
-TEXTS = _words("text content document sentence review body comment message article passage tweet post abstract")
-LABELS = _words("label labels class category sentiment stars rating score intent topic tag target klasse kategorie")
+TEXTS = _words(
+    "text content document sentence review body comment message article passage tweet post abstract "
+    "rezension satz texto texte"
+)
+LABELS = _words(
+    "label labels class category sentiment stars rating score intent topic tag target klasse kategorie etikett sterne "
+    "stimmung bewertung categoria categoría catégorie clase classe etiqueta étiquette"
+)
 SYSTEMS = ("system", "system_prompt")
 CONTEXTS = ("context", "passage", "document", "article", "background")
 KNOWN_PAIRS = (
@@ -95,6 +101,11 @@ def _find_alpaca(survey: Survey) -> Finding:
     return _with({"instruction": instruction, "input": extra, "output": answers[0], "system": system})
 
 
+def _find_instances(survey: Survey) -> Finding:
+    instruction, instances = survey.find("instruction", "text"), survey.find("instances", "instances")
+    return {"instruction": instruction, "instances": instances} if instruction and instances else None
+
+
 def _find_pair(survey: Survey) -> tuple[str, str] | None:
     pairs = [
         (p, c)
@@ -106,9 +117,12 @@ def _find_pair(survey: Survey) -> tuple[str, str] | None:
     if pairs:
         return pairs[0]
     prompts, answers = survey.all(PROMPTS, "text"), survey.all(ANSWERS, "text")
-    texts = survey.texts()
     if len(prompts) == 1 and len(answers) == 1 and prompts != answers:
         return prompts[0], answers[0]
+    texts = survey.texts()
+    speaking = survey.speaking([w for w in PROMPTS if len(w) > 1]), survey.speaking([w for w in ANSWERS if len(w) > 1])
+    if len(speaking[0]) == 1 and len(speaking[1]) == 1 and speaking[0] != speaking[1]:
+        return speaking[0][0], speaking[1][0]
     if len(texts) != 2:
         return None
     known = [name for name in (*prompts, *answers) if name in texts]
@@ -147,7 +161,7 @@ def _find_labelled(survey: Survey) -> Finding:
     label = survey.first(("label", "labels"), "text", "number", "list")
     if label is None and len(labels) > 1:
         raise Ambiguous(f"several columns could be the label: {', '.join(labels)}")
-    label = label or (labels[0] if labels else None)
+    label = label or (labels[0] if labels else _class_like(survey))
     if label is None:
         return None
     for left, right in TEXT_PAIRS:
@@ -158,11 +172,23 @@ def _find_labelled(survey: Survey) -> Finding:
     return None if text is None else {"text": text, "label": label}
 
 
+def _class_like(survey: Survey) -> str | None:
+    """The label by its name's parts, or the one column of few values that come again and again."""
+    named = [name for name in survey.speaking([w for w in LABELS if len(w) > 3]) if survey.columns[name].is_class_like]
+    if len(named) == 1:
+        return named[0]
+    alike = [c.name for c in survey.columns.values() if c.is_class_like and fold(c.name) not in IGNORED]
+    if len(alike) > 1:
+        raise Ambiguous(f"several columns could be the label: {', '.join(alike)}")
+    return alike[0] if alike else None
+
+
 def _only_text(survey: Survey, taken: Sequence[str] = ()) -> str | None:
     if (named := survey.find("text", "text")) and named not in taken:
         return named
     named_all = [name for name in survey.all(TEXTS, "text") if name not in taken]
     texts = [name for name in survey.texts() if name not in taken]
+    named_all = named_all or [name for name in survey.speaking([w for w in TEXTS if len(w) > 3]) if name not in taken]
     if len(named_all) > 1:
         raise Ambiguous(f"several columns could be the text: {', '.join(named_all)}")
     if named_all:
@@ -250,6 +276,7 @@ FORMATS: dict[str, Format] = {
         Format("messages", ("messages",), ("tools",), _SFT, _find_messages),
         Format("sharegpt", ("conversations",), ("system",), _SFT, _find_sharegpt),
         Format("alpaca", ("instruction", "output"), ("input", "system"), _SFT, _find_alpaca),
+        Format("instances", ("instruction", "instances"), (), _SFT, _find_instances),
         Format("prompt_completion", ("prompt", "completion"), ("system",), _SFT, _find_prompt_completion),
         Format("question_answer", ("question", "answer"), ("system",), _SFT, _find_question_answer),
         Format("labelled", ("text", "label"), ("text_pair",), _CLASSIFY, _find_labelled),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import PurePath
 
@@ -198,6 +201,7 @@ class _Pieces:
         self._text = io.TextIOWrapper(_Checked(stream, name), encoding="utf-8", errors="strict", newline="")  # type: ignore[arg-type]
         self.name = name
         self.buffer = ""
+        self.at = 0
         self.line = 1
         self.ended = False
 
@@ -208,43 +212,44 @@ class _Pieces:
             where = _bad_offset(self._text.buffer, error)  # type: ignore[arg-type]
             raise DataError(f"{self.name}:{self.line}: {where.problem}; {where.advice}") from None
         if "\x00" in piece:
-            line = self.line + self.buffer.count("\n") + piece[: piece.index("\x00")].count("\n")
+            line = self.line + self.buffer.count("\n", self.at) + piece[: piece.index("\x00")].count("\n")
             raise DataError(f"{self.name}:{line}: a NUL byte; remove it: tr -d '\\000' < FILE > NEW")
         self.ended = not piece
-        self.buffer += piece
+        self.buffer = self.buffer[self.at :] + piece
+        self.at = 0
         return bool(piece)
 
-    def _drop(self, count: int) -> None:
-        self.line += self.buffer.count("\n", 0, count)
-        self.buffer = self.buffer[count:]
+    def _drop(self, end: int) -> None:
+        self.line += self.buffer.count("\n", self.at, end)
+        self.at = end
 
     def peek(self) -> str:
-        if not self.buffer:
+        if self.at == len(self.buffer):
             self._more()
-        return self.buffer[:1]
+        return self.buffer[self.at : self.at + 1]
 
     def skip(self) -> None:
         while True:
-            match = _SPACE.match(self.buffer)
-            self._drop(match.end() if match else 0)
-            if self.buffer or not self._more():
+            match = _SPACE.match(self.buffer, self.at)
+            self._drop(match.end() if match else self.at)
+            if self.at < len(self.buffer) or not self._more():
                 return
 
     def take(self, char: str) -> None:
         if self.peek() != char:
-            near = shown(self.buffer[:40], 40)
+            near = shown(self.buffer[self.at : self.at + 40], 40)
             where = f"{self.name}:{self.line}"
             raise DataError(f"{where}: expected {char} and found {near}; a JSON file is an array of objects")
-        self._drop(1)
+        self._drop(self.at + 1)
 
     def element(self) -> Row | BadRow:
         """The next value. A fault inside it is a bad row if the value itself can be read, else a DataError."""
         origin = f"{self.name}:{self.line}"
         while True:
             try:
-                value, end = _DECODER.raw_decode(self.buffer)
+                value, end = _DECODER.raw_decode(self.buffer, self.at)
             except json.JSONDecodeError as error:
-                if self._incomplete(error) and self._more(max(len(self.buffer), 4096)):
+                if self._incomplete(error) and self._more(max(len(self.buffer) - self.at, 4096)):
                     continue
                 self._stop(error)
             except RowError as error:
@@ -259,7 +264,7 @@ class _Pieces:
                 return self._made(origin, value, end)
 
     def _made(self, origin: str, value: object, end: int) -> Row | BadRow:
-        raw = self.buffer[: min(end, 400)]
+        raw = self.buffer[self.at : min(end, self.at + 400)]
         self._drop(end)
         try:
             return Row(as_object(value), origin, raw)
@@ -270,24 +275,26 @@ class _Pieces:
         """Read over a value that is well formed but not allowed (NaN, a key twice)."""
         while True:
             try:
-                _, end = json.JSONDecoder().raw_decode(self.buffer)
+                _, end = json.JSONDecoder().raw_decode(self.buffer, self.at)
                 break
             except json.JSONDecodeError as broken:
                 if not (self._incomplete(broken) and self._more()):
                     self._stop(broken)
-        raw = self.buffer[: min(end, 400)]
+            except (RecursionError, ValueError):
+                raise DataError(f"{origin}: {error.problem}, and what follows cannot be read") from None
+        raw = self.buffer[self.at : min(end, self.at + 400)]
         self._drop(end)
         return bad_row(origin, error, raw)
 
     def _incomplete(self, error: json.JSONDecodeError) -> bool:
-        if self.ended or len(self.buffer) >= MAX_ROW_BYTES:
+        if self.ended or len(self.buffer) - self.at >= MAX_ROW_BYTES:
             return False
         return error.msg.startswith("Unterminated") or error.pos >= len(self.buffer) - 32
 
     def _stop(self, error: json.JSONDecodeError) -> None:
         problem = _json_problem(error)
-        line = self.line + self.buffer.count("\n", 0, error.pos)
-        near = shown(self.buffer[:200].strip())
+        line = self.line + self.buffer.count("\n", self.at, error.pos)
+        near = shown(self.buffer[self.at : self.at + 200].strip())
         raise DataError(
             f"{self.name}:{line}: {problem.problem}; what follows cannot be read.\n"
             f"      row: {near}\n      fix: {problem.advice}"
@@ -326,14 +333,17 @@ def _parquet_rows(file: DataFile) -> Iterator[Row | BadRow]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(file.path)
-        number = 0
-        for batch in table.iter_batches(batch_size=512):
-            for values in batch.to_pylist():
-                number += 1
-                yield Row(values, f"{file.name}:{number}")
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        with opened(file) as stream, tempfile.TemporaryFile() as whole:
+            if isinstance(stream, gzip.GzipFile):  # Parquet is read from its end, which gzip cannot do
+                shutil.copyfileobj(stream, whole)
+            table = pyarrow.parquet.ParquetFile(whole if isinstance(stream, gzip.GzipFile) else file.path)
+            number = 0
+            for batch in table.iter_batches(batch_size=512):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(values, f"{file.name}:{number}")
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        reason = shown(str(error).splitlines()[0], 160) if str(error) else type(error).__name__
         raise DataError(f"{file.name}: the Parquet file cannot be read ({reason}); write or copy it again") from None
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
 
-from tunesmith.data.convert import converter
+from tunesmith.data.convert import COMPLETED, converter, instances_of
 from tunesmith.data.detect import STAGES, Layout, Survey, recognise
 from tunesmith.data.files import DataFile
 from tunesmith.data.kinds import (
@@ -29,7 +28,7 @@ from tunesmith.data.kinds import (
 from tunesmith.data.readers import kind_of, read_rows
 from tunesmith.data.rows import MAX_LISTED, BadRow, Row, RowError, bad_row, refuse, shown
 from tunesmith.data.sources import HubRows, Spec, find
-from tunesmith.data.templates import Template, get_template
+from tunesmith.data.templates import Template, get_template, placeholders
 from tunesmith.errors import DataError, several
 
 __all__ = [
@@ -38,6 +37,7 @@ __all__ = [
 ]  # fmt: skip
 
 _SAMPLED_ROWS = 64
+_KEPT_BAD_ROWS = 1000
 
 
 class RecordSet:
@@ -45,7 +45,8 @@ class RecordSet:
 
     `format` and `columns` (role -> column) are what was recognised, `files` what is read, `template` what the rows
     were put through (None: none), `notes` what the user should know. Iterating raises DataError that lists the first
-    20 bad rows; with `on_bad_row="skip"` they are left out, counted in `num_bad` and given to `report_bad`.
+    20 bad rows; with `on_bad_row="skip"` they are left out, counted in `num_bad`, kept in `bad_rows` (the first
+    1,000 of the last pass) and given to `report_bad`. Rows read = good rows + `num_bad`.
     """
 
     def __init__(
@@ -60,7 +61,9 @@ class RecordSet:
         notes: tuple[str, ...],
     ) -> None:
         self._parts = parts
+        self._layout = layout
         self._convert = converter(layout, stage, template)
+        self._bad: list[BadRow] = []
         self._skip_bad = skip_bad
         self._report_bad = report_bad
         self._counts: tuple[int, int] | None = None
@@ -79,6 +82,7 @@ class RecordSet:
         good = 0
         num_bad = 0
         bad: list[BadRow] = []
+        self._bad = []
         for row in self._raw_rows():
             record = self._typed(row)
             if isinstance(record, BadRow):
@@ -103,6 +107,8 @@ class RecordSet:
             return bad_row(row.origin, error, row.raw or row.values)
 
     def _note(self, row: BadRow, bad: list[BadRow]) -> None:
+        if len(self._bad) < _KEPT_BAD_ROWS:
+            self._bad.append(row)
         if self._report_bad is not None:
             self._report_bad(row)
         if not self._skip_bad:
@@ -112,7 +118,11 @@ class RecordSet:
 
     def _raw_rows(self) -> Iterator[Row | BadRow]:
         for part in self._parts:
-            yield from part.rows()
+            for row in part.rows():
+                if isinstance(row, BadRow):
+                    yield row
+                else:
+                    yield from instances_of(row, self._layout)
 
     def _nothing(self, num_bad: int) -> str:
         names = ", ".join(self.files)
@@ -133,6 +143,12 @@ class RecordSet:
     def num_bad(self) -> int:
         """Rows left out; reads the data once if it has not been read yet."""
         return self._count()[1]
+
+    @property
+    def bad_rows(self) -> tuple[BadRow, ...]:
+        """The first 1,000 rows left out, with their places; reads the data once if it has not been read yet."""
+        self._count()
+        return tuple(self._bad)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -222,8 +238,8 @@ def read_records(
         raise DataError(f"data.on_bad_row: {on_bad_row!r} is not known; it is error or skip")
     found = find(spec)
     parts = _parts(found.files, found.hub, stage, format)
-    made = None if template is None else get_template(template)
-    samples = _samples(parts)
+    made = None if template is None else get_template(template, answered=stage in COMPLETED)
+    samples = _samples(parts, skip=on_bad_row == "skip")
     layout = _layout(samples, stage, format, dict(columns or {}), made)
     skip = on_bad_row == "skip"
     return RecordSet(parts, layout, stage=stage, template=made, skip_bad=skip, report_bad=report_bad, notes=found.notes)
@@ -245,13 +261,19 @@ def _parts(files: tuple[DataFile, ...], hub: tuple[str, ...], stage: str, format
     return (*parts, *(Part(HubRows(name), "hub") for name in hub))
 
 
-def _samples(parts: tuple[Part, ...]) -> list[tuple[str, list[Mapping[str, object]]]]:
-    """The first good rows of each file; DataError if a file has none."""
+def _samples(parts: tuple[Part, ...], *, skip: bool) -> list[tuple[str, list[Mapping[str, object]]]]:
+    """The first good rows of each file; DataError if a file has none (unless told to skip: none where one may look)."""
     samples: list[tuple[str, list[Mapping[str, object]]]] = []
     for part in parts:
-        rows = list(islice(part.rows(), _SAMPLED_ROWS))
-        good = [row.values for row in rows if isinstance(row, Row)]
-        bad = [row for row in rows if isinstance(row, BadRow)]
+        good: list[Mapping[str, object]] = []
+        bad: list[BadRow] = []
+        for row in part.rows():
+            if isinstance(row, Row):
+                good.append(row.values)
+            else:
+                bad.append(row)
+            if len(good) + (0 if skip else len(bad)) >= _SAMPLED_ROWS:
+                break
         if bad and not good:
             raise refuse(bad[:MAX_LISTED], more=len(bad) > MAX_LISTED)
         if not good:
@@ -293,11 +315,12 @@ def _templated_layout(survey: Survey, stage: str, columns: dict[str, str], templ
     """Columns by placeholder; a placeholder that is no column is looked for by its role."""
     roles = dict(columns)
     extra = {"classify": ("label",), "reward": ("chosen", "rejected"), "dpo": ("chosen", "rejected")}.get(stage, ())
+    named = template.columns if stage in COMPLETED else tuple(dict.fromkeys(placeholders(template.prompt)))
     guessed: Mapping[str, str] = {}
-    if any(role not in roles and role not in survey.columns for role in (*template.columns, *extra)):
+    if any(role not in roles and role not in survey.columns for role in (*named, *extra)):
         guessed = _guess(survey, stage, where)
     problems = []
-    for role in (*template.columns, *extra):
+    for role in (*named, *extra):
         column = roles.get(role) or (role if role in survey.columns else guessed.get(role))
         if column is None or column not in survey.columns:
             problems.append(

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-IGNORED = [
-    "id",
-    "idx",
-    "index",
-    "uid",
-    "uuid",
-    "guid",
-    "url",
-    "link",
-    "source_url",
-    "date",
-    "timestamp",
-    "created_at",
-    "name",
-    "split",
-]
+IGNORED = (
+    "id", "idx", "index", "uid", "uuid", "guid", "nr", "no", "number", "url", "link", "source_url", "date", "timestamp",
+    "created_at", "name", "split", "datum",
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -31,10 +20,13 @@ class Column:
     num_rows: int = 0
     kinds: dict[str, int] = field(default_factory=dict)
     num_asking: int = 0
+    num_numeric: int = 0
+    num_chars: int = 0
+    values: set[str] = field(default_factory=set)
 
     @property
     def kind(self) -> str:
-        """text, number, messages, turns, list, object or null: the most frequent that is not null."""
+        """text, number, messages, turns, instances, list, object or null: the most frequent that is not null."""
         real = {kind: count for kind, count in self.kinds.items() if kind != "null"}
         return max(real, key=lambda kind: real[kind]) if real else "null"
 
@@ -42,6 +34,17 @@ class Column:
     def asks(self) -> float:
         """Share of values that end in a question mark."""
         return self.num_asking / max(self.num_rows, 1)
+
+    @property
+    def is_numeric(self) -> bool:
+        """True where every text is a number, as ids and counts are in a CSV file."""
+        return self.num_numeric == self.num_rows
+
+    @property
+    def is_class_like(self) -> bool:
+        """True where few different short values come again and again."""
+        few = len(self.values) * 2 <= self.num_rows and len(self.values) >= 2
+        return self.kind in ("text", "number") and few and self.num_chars <= 40 * self.num_rows
 
 
 class Survey:
@@ -56,7 +59,11 @@ class Survey:
                 kind = kind_of_value(value)
                 column.num_rows += 1
                 column.kinds[kind] = column.kinds.get(kind, 0) + 1
-                column.num_asking += isinstance(value, str) and value.rstrip().endswith(("?", "？"))
+                column.values.add(str(value)[:200])
+                if isinstance(value, str):
+                    column.num_asking += value.rstrip().endswith(("?", "？"))
+                    column.num_numeric += _is_number(value)
+                    column.num_chars += len(value)
         self.columns = {name: c for name, c in seen.items() if c.num_rows * 2 >= len(rows)}
         self._folded = {fold(name): name for name in reversed(self.columns)}
 
@@ -74,8 +81,23 @@ class Survey:
         return list(dict.fromkeys(found for name in names if (found := self.find(name, *kinds))))
 
     def texts(self) -> list[str]:
-        """Columns of text that are not ids, dates and the like."""
-        return [c.name for c in self.columns.values() if c.kind == "text" and fold(c.name) not in IGNORED]
+        """Columns of text that are not ids, dates and the like, nor numbers beside other text."""
+        named = [c for c in self.columns.values() if c.kind == "text" and fold(c.name) not in IGNORED]
+        words = [c for c in named if not c.is_numeric]
+        return [c.name for c in (named if len(named) == 2 else words)]
+
+    def speaking(self, names: Sequence[str]) -> list[str]:
+        """Columns of text in whose names one of `names` stands, as `question` in `my_question`."""
+        return [name for name in self.texts() if any(_stands_in(word, name) for word in names)]
+
+
+def _stands_in(word: str, name: str) -> bool:
+    parts = re.split(r"[^\w]+|_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name))
+    return word in (part.casefold() for part in parts) or (len(word) >= 5 and word in name.casefold())
+
+
+def _is_number(text: str) -> bool:
+    return bool(re.fullmatch(r"\s*[-+]?[\d.,]*\d\s*", text))
 
 
 def fold(name: str) -> str:
@@ -84,7 +106,7 @@ def fold(name: str) -> str:
 
 
 def kind_of_value(value: object) -> str:
-    """text, number, messages (role/content), turns (from/value), list, object or null."""
+    """text, number, messages (role/content), turns (from/value), instances (output), list, object or null."""
     if value is None:
         return "null"
     if isinstance(value, str):
@@ -98,5 +120,7 @@ def kind_of_value(value: object) -> str:
                 return "messages"
             if all("from" in head for head in heads):
                 return "turns"
+            if all("output" in head for head in heads):
+                return "instances"
         return "list"
     return "object"

@@ -118,17 +118,20 @@ TEMPLATES: dict[str, Template] = {
 """Built-in templates by name."""
 
 
-def get_template(name_or_text: str | Mapping[str, str] | Template) -> Template:
+def get_template(name_or_text: str | Mapping[str, str] | Template, *, answered: bool = True) -> Template:
     """A built-in template by name, `{prompt, completion}`, or text whose last placeholder begins the completion.
 
-    `"Q: {q} A: {a}"` is the prompt `"Q: {q} A: "` and the completion `"{a}"`; text with a single placeholder is
-    all prompt. DataError for a name that is not built in.
+    `"Q: {q} A: {a}"` is the prompt `"Q: {q} A: "` and the completion `"{a}"`; text with a single placeholder, or for
+    a stage that learns no answer (`answered=False`), is all prompt. DataError for a name that is not built in.
     """
     if isinstance(name_or_text, Template):
         return name_or_text
     if isinstance(name_or_text, Mapping):
         if not {"prompt"} <= set(name_or_text) <= {"prompt", "completion"}:
             raise DataError(f"a template has the keys prompt and completion, not {', '.join(map(str, name_or_text))}")
+        wrong = [key for key, text in name_or_text.items() if not isinstance(text, str)]
+        if wrong:
+            raise DataError(f"a template's {wrong[0]} is text with {{column}} placeholders")
         return Template(name_or_text["prompt"], name_or_text.get("completion", ""))
     if name_or_text in TEMPLATES:
         return TEMPLATES[name_or_text]
@@ -139,7 +142,7 @@ def get_template(name_or_text: str | Mapping[str, str] | Template) -> Template:
             f"no template is named {name_or_text[:80]!r}{hint}; built in are {', '.join(TEMPLATES)}, "
             "and one of your own is text with {column} placeholders"
         )
-    return _cut(name_or_text)
+    return _cut(name_or_text) if answered else Template(name_or_text)
 
 
 def _cut(text: str) -> Template:
