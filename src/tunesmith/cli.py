@@ -29,12 +29,19 @@ app = typer.Typer(name="tunesmith", no_args_is_help=True, **_OPTIONS)
 runs_app = typer.Typer(help="The runs under ./runs.", **_OPTIONS)
 app.add_typer(runs_app, name="runs")
 
+_COMPLETE = "_TUNESMITH_COMPLETE"
+"""Set by the shell's own completion script, which `tunesmith completion SHELL` prints."""
+
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of a table.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Values over the recipe's.")]
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command; the exit code. A user's error is one message on stderr, our own a traceback that says so."""
+    if _COMPLETE in os.environ:
+        from typer.completion import completion_init
+
+        completion_init()
     try:
         app(args=None if args is None else list(args), prog_name="tunesmith")
         code = 0
@@ -108,6 +115,42 @@ def train(
     finally:
         progress.close()
     _give(result, as_json, result_lines)
+
+
+@app.command()
+def quickstart(
+    overrides: Overrides = None,
+    *,
+    stage: Annotated[
+        str, typer.Option("--stage", help="classify, sft, pretrain, reward, dpo, ppo, grpo or chain.")
+    ] = "classify",
+    to: Annotated[str, typer.Option("--to", help="Where the recipe and its data are left for you.")] = "quickstart",
+    as_json: AsJson = False,
+) -> None:
+    """See fine-tuning work: a small model and data that come with the program, before and after."""
+    from tunesmith import api
+
+    progress = Progress(sys.stderr)
+    try:
+        result = api.quickstart(stage, overrides or (), folder=to, say=progress.say, show=progress.show)
+    finally:
+        progress.close()
+    _give(result, as_json, quickstart_lines)
+
+
+@app.command()
+def init(
+    stage: Annotated[str | None, typer.Argument(help="The stage; with --data it may be left out.")] = None,
+    *,
+    data: Annotated[str | None, typer.Option("--data", help="A data file to look at.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="The model to start from; the embedded one.")] = None,
+    to: Annotated[str | None, typer.Option("--to", help="The new file; STAGE.yaml.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a commented recipe, for the data file named if there is one."""
+    from tunesmith import api
+
+    _give(api.init(stage, data=data, base=base, to=to, say=_say), as_json, tree_lines)
 
 
 @app.command(name="eval")
@@ -194,6 +237,16 @@ def export(
     from tunesmith import api
 
     _give(api.export(run, to, format, say=_say), as_json, tree_lines)
+
+
+@app.command()
+def completion(shell: Annotated[str, typer.Argument(help="bash, zsh or fish.")]) -> None:
+    """Print the script that completes verbs and options; add `eval "$(tunesmith completion bash)"` to ~/.bashrc."""
+    if shell not in ("bash", "zsh", "fish"):
+        raise RecipeError(f"there is no completion for `{shell}`; take bash, zsh or fish")
+    from typer.completion import get_completion_script
+
+    print(get_completion_script(prog_name="tunesmith", complete_var=_COMPLETE, shell=shell))
 
 
 @runs_app.callback(invoke_without_command=True)

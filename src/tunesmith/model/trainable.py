@@ -281,9 +281,11 @@ def _peft_options(backbone: Any, spec: TrainableSpec) -> dict[str, Any]:
     """The method's configuration with its targets in full, so that a head that learns is not wrapped as well."""
     options = dict(spec.peft or {})
     kind = str(options.get("peft_type", "")).upper()
-    if kind in ("IA3", "LN_TUNING", "TRAINABLE_TOKENS"):
+    if kind in ("LN_TUNING", "TRAINABLE_TOKENS") or (kind == "IA3" and not options.get("target_modules")):
         return options
     wanted = options.get("target_modules") or spec.targets
     if wanted == ALL_LINEAR or not isinstance(wanted, str):
         options["target_modules"] = find_targets(backbone, wanted)
+    if kind == "IA3" and not isinstance(inner := options.get("feedforward_modules"), str | None):
+        options["feedforward_modules"] = [n for n in find_targets(backbone, inner) if n in options["target_modules"]]
     return options

@@ -44,8 +44,9 @@ def measure(built: Built, job: Job, say: Callable[[str], None], when: str) -> Mo
     held_out = built.measure(inputs.eval, True) if inputs.eval is not None else None
     test = built.measure(inputs.test, False) if inputs.test is not None else None
     probe = None
-    if inputs.probe is not None and isinstance(built.stage.model, LanguageModel):
-        probe = measure_likelihood(job, built.stage.model, inputs.probe, collate)
+    model = built.plain or built.stage.model
+    if inputs.probe is not None and isinstance(model, LanguageModel):
+        probe = measure_likelihood(job, model, inputs.probe, collate)
     if held_out is not None:
         say(f"{when}: " + "  ".join(f"{name} {e.value:.4f}" for name, e in held_out.metrics.items()))
     return Moment(held_out, test, probe, finals.label_sentences(job, built.stage.model))
@@ -106,7 +107,7 @@ def _from_json(kept: Json | None, after: Measured | None) -> Measured | None:
     if kept is None or after is None:
         return None
     statistics = {
-        name: Statistic(name, _rows(kept["rows"][name], like.rows.shape[1]), like.of)
+        name: Statistic(name, _rows(kept["rows"][name]), like.of)
         for name, like in after.statistics.items()
         if name in kept["rows"]
     }
@@ -115,8 +116,9 @@ def _from_json(kept: Json | None, after: Measured | None) -> Measured | None:
     return Measured(statistics, metrics, _generation(kept["generation"]), tuple(kept["predictions"]), per_class)
 
 
-def _rows(values: list[list[Any]], width: int) -> Any:
-    return np.asarray([[float(v) for v in row] for row in values], dtype=np.float64).reshape(-1, width)
+def _rows(values: list[list[Any]]) -> Any:
+    """As wide as they were: a class that only one of the two measurements predicts has columns there alone."""
+    return np.asarray([[float(v) for v in row] for row in values], dtype=np.float64).reshape(len(values), -1)
 
 
 def _estimate(entry: Mapping[str, Any]) -> Estimate:
