@@ -15,15 +15,16 @@ quickstart: $(STAMP)
 	@$(PY) examples/quickstart.py
 
 test: $(STAMP)
-	$(PY) -m ruff check src tests examples
+	$(PY) -m ruff check src tests examples benchmarks evidence
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 check: $(STAMP)
-	$(PY) -m ruff check src tests examples
+	$(PY) -m ruff check src tests examples benchmarks evidence
 	$(PY) -m pyright
 
+# PART=sft_lora for one part; without it, all of them.
 bench: $(STAMP)
-	$(PY) benchmarks/run.py
+	$(PY) benchmarks/run.py $(addprefix --part ,$(PART))
 
 evidence: $(STAMP)
 	$(PY) evidence/run.py

@@ -1,0 +1,149 @@
+"""One contest: the contestants take turns, round after round, each in its own process; medians and ratios come out."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is done, the same for all: `kind` is a stage or `generate`; `batch` rows a step."""
+
+    name: str
+    kind: str
+    model: Path
+    data: Path
+    method: str = "lora"
+    batch: int = 16
+    steps: int = 6
+    learning_rate: float = 1e-4
+    precision: str = "bfloat16"
+    threads: int = 2
+    max_tokens: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """Who does it, with the settings tried; `tunesmith` is us, with a user's defaults."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One run: tokens a second over the steps after warm-up, peak memory, losses, seconds in all."""
+
+    tokens_per_second: float
+    peak_memory_bytes: int
+    losses: tuple[float, ...]
+    wall_seconds: float
+    first_step_seconds: float
+    error: str = ""
+
+
+def run_contest(
+    work: Work, contestants: Sequence[Contestant], peers_python: Path, *, rounds: int
+) -> dict[str, list[Outcome]]:
+    """`rounds` turns of every contestant, interleaved."""
+    found: dict[str, list[Outcome]] = {contestant.name: [] for contestant in contestants}
+    for number in range(rounds):
+        for contestant in contestants:
+            outcome = _turn(work, contestant, peers_python)
+            found[contestant.name].append(outcome)
+            shown = outcome.error or f"{outcome.tokens_per_second:,.1f} tokens/s"
+            print(f"{work.name} round {number + 1}/{rounds} {contestant.name}: {shown}", file=sys.stderr, flush=True)
+    return found
+
+
+def median(outcomes: Sequence[Outcome]) -> Outcome | None:
+    """The outcome of median speed among those that ran."""
+    ran = sorted((o for o in outcomes if not o.error), key=lambda o: o.tokens_per_second)
+    return ran[len(ran) // 2] if ran else None
+
+
+def _turn(work: Work, contestant: Contestant, peers_python: Path) -> Outcome:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        command = (
+            _ours(work, folder) if contestant.name == "tunesmith" else _peer(work, contestant, peers_python, folder)
+        )
+        environment = {
+            **os.environ, "OMP_NUM_THREADS": str(work.threads), "TUNESMITH_CACHE": str(folder / "cache"),
+            "HF_DATASETS_CACHE": str(folder / "datasets"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+        }  # fmt: skip
+        started = time.time()
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=3600)
+        wall = time.time() - started
+        if done.returncode:
+            return Outcome(0.0, 0, (), wall, 0.0, (done.stderr.strip().splitlines() or ["failed"])[-1][:200])
+        return _outcome(work, contestant, done.stdout, folder, wall)
+
+
+def _ours(work: Work, folder: Path) -> list[str]:
+    if work.kind == "generate":
+        return [sys.executable, str(HERE / "ours_generate.py"), str(_spec(work, Contestant("tunesmith"), folder))]
+    import yaml
+
+    recipe = {
+        "stage": work.kind, "base": str(work.model), "precision": work.precision, "threads": work.threads,
+        "data": {"train": str(work.data), "max_length": 2048 if work.kind != "classify" else 512},
+        "tune": {"method": work.method, **({"rank": 16, "alpha": 32} if work.method == "lora" else {})},
+        "train": {"steps": work.steps, "batch_examples": work.batch, "learning_rate": work.learning_rate},
+    }  # fmt: skip
+    if work.kind == "classify":
+        recipe["data"]["on_too_long"] = "truncate_left"
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return [sys.executable, "-m", "tunesmith", "train", "recipe.yaml", "--run", str(folder / "run"), "--json"]
+
+
+def _peer(work: Work, contestant: Contestant, python: Path, folder: Path) -> list[str]:
+    script = HERE / "peers" / ("generate.py" if work.kind == "generate" else "train.py")
+    return [str(python), str(script), str(_spec(work, contestant, folder))]
+
+
+def _spec(work: Work, contestant: Contestant, folder: Path) -> Path:
+    spec = {
+        "kind": work.kind, "model": str(work.model), "data": str(work.data), "method": work.method,
+        "batch": work.batch, "steps": work.steps, "learning_rate": work.learning_rate, "precision": work.precision,
+        "threads": work.threads, "max_tokens": work.max_tokens, "settings": dict(contestant.settings),
+        "output": str(folder / "peer"),
+    }  # fmt: skip
+    path = folder / "spec.json"
+    path.write_text(json.dumps(spec), encoding="utf-8")
+    return path
+
+
+def _outcome(work: Work, contestant: Contestant, stdout: str, folder: Path, wall: float) -> Outcome:
+    answer = json.loads(stdout.strip().splitlines()[-1])
+    if contestant.name == "tunesmith" and work.kind != "generate":
+        timings, metrics = (_rows(folder / "run" / name) for name in ("timings.jsonl", "metrics.jsonl"))
+        answer = {
+            "seconds": [row["seconds"] for row in timings],
+            "tokens": [row["tokens"] for row in timings],
+            "losses": [row["loss"] for row in metrics],
+            "peak_memory_bytes": answer["peak_memory_bytes"],
+        }
+    skip = min(WARM_UP_STEPS, len(answer["seconds"]) - 1)
+    rates = [t / s for t, s in zip(answer["tokens"][skip:], answer["seconds"][skip:], strict=True)]
+    before_training = wall - sum(answer["seconds"]) + answer["seconds"][0]
+    return Outcome(
+        statistics.median(rates), answer["peak_memory_bytes"], tuple(answer["losses"]), wall, before_training
+    )
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
