@@ -5,10 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def printable(text: str) -> str:
+    """`text` with what a terminal would obey (control and direction characters) or could not print escaped."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode("ascii") for char in text
+    )
+
+
 class TunesmithError(Exception):
-    """Base of all errors this program raises on purpose; `exit_code` is what the command line returns."""
+    """Base of all errors this program raises on purpose; `exit_code` is what the command line returns.
+
+    Messages quote names and text from the user's files, so they are made printable here, once for all.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(str(message)))
 
 
 class RecipeError(TunesmithError, ValueError):

@@ -13,6 +13,7 @@ import numpy as np
 
 from tunesmith.data.kinds import Labelled, Pair, Ranking, Record, full_text, input_text, normalised
 from tunesmith.data.rows import shown
+from tunesmith.errors import printable
 
 FEW_ROWS = 100
 NGRAM_WORDS = 13
@@ -39,7 +40,7 @@ class Finding:
 
     def __str__(self) -> str:
         where = f" ({', '.join(self.examples[:5])}{', ...' if len(self.examples) > 5 else ''})" if self.examples else ""
-        return f"{self.severity}: {self.message}{where}"
+        return printable(f"{self.severity}: {self.message}{where}")
 
     def as_dict(self) -> dict[str, object]:
         """For a report."""

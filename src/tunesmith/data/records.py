@@ -29,7 +29,7 @@ from tunesmith.data.readers import kind_of, read_rows
 from tunesmith.data.rows import MAX_LISTED, BadRow, Row, RowError, bad_row, refuse, shown
 from tunesmith.data.sources import HubRows, Spec, find
 from tunesmith.data.templates import Template, get_template, placeholders
-from tunesmith.errors import DataError, several
+from tunesmith.errors import DataError, printable, several
 
 __all__ = [
     "BadRow", "Chat", "Labelled", "Message", "Pair", "Prompt", "Ranking", "Record", "RecordSet", "Text",
@@ -187,7 +187,7 @@ class RecordSet:
             lines += [f"left out: {', '.join(left)}"] if left else []
             lines.append(f"first: {shown(input_text(record), 100)}")
             lines += [f"    -> {shown(output_text(record), 100)}"] if output_text(record) else []
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return printable("\n".join([*lines, *(f"note: {note}" for note in self.notes)]))
 
 
 class Part:
