@@ -20,13 +20,13 @@ half of it. IPO's tau and SLiC's slope are taken like DPO's beta."""
 
 _GRPO: dict[str, dict[str, Any]] = {
     "grpo": {"clip": 0.2, "clip_high": 0.2, "kl_coef": 0.04, "baseline": "mean", "normalise": "std",
-             "length_normalisation": "completion", "overlong": "keep"},
+             "length_normalisation": "completion", "overlong": "keep", "filter_groups": False},
     "dapo": {"clip": 0.2, "clip_high": 0.28, "kl_coef": 0.0, "baseline": "mean", "normalise": "std",
-             "length_normalisation": "token", "overlong": "penalty"},
+             "length_normalisation": "token", "overlong": "penalty", "filter_groups": True},
     "dr_grpo": {"clip": 0.2, "clip_high": 0.2, "kl_coef": 0.0, "baseline": "mean", "normalise": "none",
-                "length_normalisation": "constant", "overlong": "keep"},
+                "length_normalisation": "constant", "overlong": "keep", "filter_groups": False},
     "rloo": {"clip": 0.2, "clip_high": 0.2, "kl_coef": 0.0, "baseline": "leave_one_out", "normalise": "none",
-             "length_normalisation": "sum", "overlong": "keep"},
+             "length_normalisation": "sum", "overlong": "keep", "filter_groups": False},
 }  # fmt: skip
 """DeepSeekMath 2402.03300, 4.2 (clip as in PPO, KL 0.04); DAPO 2503.14476, 3; Dr. GRPO 2503.20783, 3.2; RLOO
 2402.14740, 3."""
@@ -79,6 +79,9 @@ def alignment_problems(values: Mapping[str, Any]) -> Problems:
         return _dpo_problems(values["dpo"] or {})
     if stage in ("ppo", "grpo"):
         own = _ppo_problems(values) if stage == "ppo" else _grpo_problems(values)
+        if values["tune"]["dropout"]:
+            own.append(("tune.dropout", f"stage {stage} trains without dropout: a ratio of probabilities of the same "
+                        "weights must be 1, which a drawn mask would spoil; leave it out"))  # fmt: skip
         return _reward_problems(values["reward"] or {}, stage) + own
     return []
 

@@ -198,7 +198,9 @@ class RewardSpec(Section):
     run: str | None = None
     """A finished run of stage reward; several runs separated by commas give the mean of their scores."""
     model: str | None = None
-    """A sequence classifier with one score: folder or hub id."""
+    """A sequence classifier: folder or hub id."""
+    label: str | None = None
+    """Of a run or model that tells several labels apart: the label whose log-odds are the reward."""
     function: str | list[str] | None = None
     """`file.py:name`, called as `name(prompts, completions, **columns) -> list[float]`."""
     contains: str | list[str] | None = None
@@ -208,7 +210,8 @@ class RewardSpec(Section):
     exact: bool | None = None
     """1 when the completion's answer is the row's `answer`, spaces and case folded."""
     answer_pattern: str | None = None
-    """Where the answer stands in a completion: the last match's first group. Without it: the whole completion."""
+    """Where the answer stands in a completion: `number` is its last number, `boxed` its last \\boxed{...}, anything else
+    a regular expression whose last match's first group it is. Without it: the whole completion."""
     length: LengthSpec | None = None
     """Reward by the number of tokens."""
     weights: dict[str, float] | None = None
@@ -231,7 +234,7 @@ class RewardModelSpec(Section):
 
 
 class SamplingSpec(Section):
-    """How rollouts are drawn. The policy that is trained is the one at temperature 1 without cuts."""
+    """How rollouts are drawn. The policy that is trained is the one at this temperature, without cuts."""
 
     max_tokens: Positive = 64
     """Most tokens of a completion."""
@@ -332,6 +335,8 @@ class GrpoSpec(Section):
     """Divide a group's advantages by its standard deviation, or not."""
     length_normalisation: Literal["completion", "token", "constant", "sum"] | None = None
     """What tokens are averaged over: their completion first, all tokens alike, `sampling.max_tokens`, nothing."""
+    filter_groups: bool | None = None
+    """Leave out groups whose rewards are all equal: they teach nothing, and would only dilute the mean (DAPO)."""
     overlong: Literal["keep", "mask", "penalty"] | None = None
     """Completions cut off at max_tokens: kept, left out of the loss, or punished as they near the limit."""
     overlong_buffer: Positive | None = None

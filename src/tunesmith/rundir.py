@@ -28,6 +28,7 @@ LAYOUT = {
     "timings": "timings.jsonl",
     "before": "before.json",
     "samples": "samples.jsonl",
+    "rollouts": "rollouts.jsonl",
     "result": "result.json",
     "report": "report.html",
     "card": "model_card.md",

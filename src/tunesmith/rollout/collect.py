@@ -95,5 +95,5 @@ def _completed(prompts: PromptSet, index: int, rollout: Rollout) -> Completed:
     record = prompts.records[index]
     return Completed(
         input_text(record), rollout.text, record.answer, record.columns, record.messages, record.origin,
-        rollout.sample_index, len(rollout.ids), rollout.ended,
+        rollout.sample_index, len(rollout.ids), rollout.ended, record.plain,
     )  # fmt: skip

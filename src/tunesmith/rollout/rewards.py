@@ -21,7 +21,7 @@ class Completed:
     """A completion and the row it answers, as a reward sees them.
 
     `prompt` is the text of the prompt's messages, `columns` the row's other fields, `number` which of the prompt's
-    completions this is, from 0; `num_tokens` counts the end token too.
+    completions this is, from 0; `num_tokens` counts the end token too; `plain` as for the row's prompt.
     """
 
     prompt: str
@@ -33,6 +33,7 @@ class Completed:
     number: int = 0
     num_tokens: int = 0
     ended: bool = True
+    plain: bool = False
 
     def place(self) -> str:
         """Which rollout of which prompt, for messages."""

@@ -171,7 +171,7 @@ class OnlineSource:
             self.prompts, schedule.prompts_of(number), num_per_prompt=schedule.num_per_prompt, seed=seed
         )
         kept = self._kept(played)
-        bare = Round(number, tuple(_sample(played, i, self._method.grouped) for i in kept))
+        bare = Round(number, tuple(rollout_sample(played, i, self._method.grouped) for i in kept))
         tokens = self._tokens(played, kept, bare)
         carried = dict(self._carried)
         columns, metrics = self._method.columns(played, kept, tokens, carried)
@@ -245,7 +245,7 @@ def _agreement(tokens: Tokens) -> dict[str, float]:
     return {"sampler_error": float(gap.max()), "sampler_error_mean": float(gap.sum() / tokens.mask.sum())}
 
 
-def _sample(played: Played, index: int, grouped: bool) -> Sample:
+def rollout_sample(played: Played, index: int, grouped: bool) -> Sample:
     """Prompt and completion, the completion's tokens counting 1."""
     rollout, item = played.rollouts[index], played.completed[index]
     ids = np.asarray([*rollout.prompt_ids, *rollout.ids], np.int32)

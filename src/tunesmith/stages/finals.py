@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,10 +51,14 @@ class Tuned:
         return self.model.backbone
 
 
+_CRITIC = re.compile(r"(model|buffer)\.critic\.").match
+"""A critic serves the training of its policy only."""
+
+
 def save(run: RunDir, state: TrainState) -> None:
     """Write what was trained, in the checkpoint format, to the run's `final` folder."""
     tensors, meta = state.capture()
-    kept = {name: t for name, t in tensors.items() if name.startswith(("model.", "buffer."))}
+    kept = {name: t for name, t in tensors.items() if name.startswith(("model.", "buffer.")) and not _CRITIC(name)}
     save_checkpoint(run.file("final"), state.step, kept, {"step": state.step, "identity": meta["identity"]}, keep=1)
 
 
@@ -77,6 +82,8 @@ def open_tuned(run: RunDir, *, device: str = "cpu", precision: str = "float32") 
     model = wrap(recipe.stage, backbone, precision)
     tensors, _ = load_checkpoint(folder)
     _put_in(model, tensors, run)
+    if isinstance(model, ScoreModel) and model.shift is not None:
+        model.set_shift(float(model.shift))
     tokenizer = load_tokenizer(base, trust=recipe.trust_remote_code)
     return Tuned(run, recipe, tokenizer, model.to(device).eval(), trainable, labels, inputs["template"], base)
 
@@ -84,9 +91,18 @@ def open_tuned(run: RunDir, *, device: str = "cpu", precision: str = "float32") 
 def wrap(stage: str, backbone: Any, precision: str = "float32") -> Model:
     """The backbone as the stage sees it."""
     compute = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    if stage == "classify":
+    if stage in ("classify", "reward"):
         return ScoreModel(backbone, compute=compute)
     return LanguageModel(backbone, causal=stage != "mlm", compute=compute)
+
+
+def untrained(run: RunDir) -> Any:
+    """The backbone that the run began with, its adapter as it was before the first step."""
+    recipe, inputs = load_resolved(run.file("recipe")), run.read_json("inputs")
+    origin = Path(inputs["recipe_folder"])
+    backbone = load_model(recipe, base_path(recipe.base, origin), tuple(inputs["labels"]))
+    make_trainable(backbone, trainable_spec(recipe, origin))
+    return backbone
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tunesmith.batch import Batch, Sample
+from tunesmith.data.columns import WithColumns
 from tunesmith.data.encode import tokenizer_hash
 from tunesmith.data.source import OfflineSource
 from tunesmith.data.store import SampleStore
@@ -19,20 +20,23 @@ from tunesmith.engine.contracts import FitSpec, Stage
 from tunesmith.engine.optim import OptimSpec
 from tunesmith.evaluate.generate import GenerationResult
 from tunesmith.evaluate.intervals import Estimate, Statistic
+from tunesmith.model.language import LanguageModel
 from tunesmith.model.trainable import Trainable, TrainableSpec
 from tunesmith.recipe import Recipe
-from tunesmith.rundir import flatten
+from tunesmith.rundir import RunDir, flatten
 
 Collate = Callable[[Sequence[Sample]], Batch]
+Store = Any
+"""A `SampleStore`; where rollouts are made, a `PromptSet`. Both give samples by index, their lengths and origins."""
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """The samples of a run and what was noticed while they were made."""
 
-    train: SampleStore
-    eval: SampleStore | None
-    test: SampleStore | None
+    train: Store
+    eval: Store | None
+    test: Store | None
     probe: SampleStore | None = None
     label_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -40,7 +44,11 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a stage is built from. `device` and `precision` are settled, nothing is `auto` any more."""
+    """What a stage is built from. `device` and `precision` are settled, nothing is `auto` any more.
+
+    `base` is the base's folder or hub id, `folder` where the recipe's paths begin; `run` is where a source keeps a log
+    of its own, None when nothing is written, and `say` tells the user.
+    """
 
     recipe: Recipe
     tokenizer: Any
@@ -49,6 +57,12 @@ class Job:
     trainable: Trainable
     device: str
     precision: str
+    base: str = ""
+    folder: Path = field(default_factory=Path)
+    run: RunDir | None = None
+    say: Callable[[str], None] = print
+    start: Callable[[], Any] | None = None
+    """Loads the backbone as it was before training, where `backbone` has been trained already."""
 
     @property
     def compute(self) -> torch.dtype:
@@ -70,6 +84,8 @@ class Measured:
     generation: GenerationResult | None = None
     predictions: tuple[Mapping[str, Any], ...] = ()
     per_class: Mapping[str, Estimate] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """What else belongs into the result, by name."""
 
     def as_json(self) -> dict[str, Any]:
         """`{metric: {value, low, high, n}}`."""
@@ -78,25 +94,35 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A stage ready for the loop, and how to measure it on any samples."""
+    """A stage ready for the loop, and how to measure it on any samples. `plain` is the model as a language model, where
+    the stage's own acts as a policy. `finish`, called once after the last step and before measuring, says what it does
+    and returns what belongs into the result."""
 
     stage: Stage
     measure: Callable[[SampleStore, bool], Measured]
     extra: Mapping[str, Any] = field(default_factory=dict)
+    plain: LanguageModel | None = None
+    finish: Callable[[Callable[[str], None]], Mapping[str, Any]] | None = None
 
 
-def make_source(job: Job, make_batch: Callable[[Sequence[Sample], int], Batch] | None = None) -> OfflineSource:
-    """The training samples in the order and the steps that the recipe asks for."""
-    train = job.recipe.train
+def make_source(
+    job: Job,
+    make_batch: Callable[[Sequence[Sample], int], Batch] | None = None,
+    *,
+    samples: SampleStore | WithColumns | None = None,
+) -> OfflineSource:
+    """The training samples (or `samples`: the same with columns) in the order and steps that the recipe asks for."""
+    train, store = job.recipe.train, samples or job.inputs.train
+    assert not isinstance(store, PromptSet), "prompts have a source of their own"
     return OfflineSource(
-        job.inputs.train,
+        store,
         seed=job.recipe.seed,
         num_epochs=train.epochs,
         num_steps=train.steps,
         batch_examples=train.batch_examples,
         batch_tokens=train.batch_tokens,
         micro_batch_tokens=train.micro_batch_tokens,
-        groups=job.inputs.train.groups,
+        groups=store.groups,
         **({} if make_batch is None else {"make_batch": make_batch}),
     )
 

@@ -13,6 +13,7 @@ from typing import Any
 from tunesmith.data.check import Finding, check_records
 from tunesmith.data.encode import Encoder
 from tunesmith.data.mix import Mixed
+from tunesmith.data.prompts import PromptSet, encode_prompts
 from tunesmith.data.records import Labelled, Record, RecordSet, Text, read_records
 from tunesmith.data.split import split_records
 from tunesmith.data.store import SampleStore, build_store
@@ -21,10 +22,15 @@ from tunesmith.model.load import base_record, load_backbone, load_tokenizer
 from tunesmith.model.trainable import make_trainable
 from tunesmith.plan.hardware import choose_device, choose_precision
 from tunesmith.recipe import Recipe
-from tunesmith.stages import classify, mlm, pretrain, sft
+from tunesmith.stages import classify, dpo, grpo, mlm, ppo, pretrain, reward, sft
 from tunesmith.stages.job import Inputs, Job, trainable_spec
 
-STAGES: dict[str, ModuleType] = {"pretrain": pretrain, "mlm": mlm, "sft": sft, "classify": classify}
+STAGES: dict[str, ModuleType] = {
+    "pretrain": pretrain, "mlm": mlm, "sft": sft, "classify": classify, "reward": reward, "dpo": dpo, "ppo": ppo,
+    "grpo": grpo,
+}  # fmt: skip
+ONLINE = ("ppo", "grpo")
+"""Stages whose rows are prompts alone."""
 Say = Callable[[str], None]
 Records = Any
 """Anything that gives records again and again and has a fingerprint."""
@@ -116,7 +122,7 @@ def make_inputs(recipe: Recipe, sets: Sets, tokenizer: Any, context_tokens: int 
         say(str(finding))
     encoder = make_encoder(recipe, tokenizer, labels, context_tokens)
     stores = {
-        name: None if records is None else _encode(records, encoder, name, say=say)
+        name: None if records is None else _encode(records, encoder, name, recipe, context_tokens, say=say)
         for name, records in (("training", sets.train), ("held-out", sets.eval), ("test", sets.test))
     }
     train = stores["training"]
@@ -167,8 +173,13 @@ def make_encoder(recipe: Recipe, tokenizer: Any, labels: tuple[str, ...], contex
     )  # fmt: skip
 
 
-def _encode(records: Records, encoder: Encoder, what: str, *, say: Say) -> SampleStore:
-    store = build_store(records, encoder, cache_folder())
+def _encode(
+    records: Records, encoder: Encoder, what: str, recipe: Recipe, context_tokens: int | None, *, say: Say
+) -> SampleStore | PromptSet:
+    online = recipe.stage in ONLINE
+    store = (
+        _prompts(records, encoder, recipe, context_tokens) if online else build_store(records, encoder, cache_folder())
+    )
     if len(store) == 0:
         raise DataError(f"no {what} sample is left after encoding; look at data.on_too_long and data.max_length")
     say(f"{what}: {len(store):,} samples, {store.num_tokens:,} tokens")
@@ -177,14 +188,33 @@ def _encode(records: Records, encoder: Encoder, what: str, *, say: Say) -> Sampl
     return store
 
 
-def tally(store: SampleStore) -> list[str]:
+def _prompts(records: Records, encoder: Encoder, recipe: Recipe, context_tokens: int | None) -> PromptSet:
+    """Prompts that leave room for their completions in what the model takes."""
+    assert recipe.sampling is not None, "the recipe is resolved"
+    answer, longest = recipe.sampling.max_tokens, recipe.data.max_length or 1 << 20
+    room = "data.max_length"
+    if context_tokens is not None and context_tokens - answer < longest:
+        longest, room = (
+            context_tokens - answer,
+            f"the model takes {context_tokens:,}, sampling.max_tokens is {answer:,}",
+        )
+    if longest < 1:
+        raise RecipeError(f"sampling.max_tokens is {answer} and {recipe.base} takes {context_tokens} tokens in all, "
+                          "which leaves no room for a prompt; lower it")  # fmt: skip
+    return encode_prompts(
+        records, encoder.tokenizer, max_tokens=longest, room=room, on_too_long=recipe.data.on_too_long,
+        fingerprint=records.fingerprint,
+    )  # fmt: skip
+
+
+def tally(store: SampleStore | PromptSet) -> list[str]:
     """What encoding cut or left out, in words."""
     return [f"{name.replace('_', ' ')}: {count:,}" for name, count in sorted(store.tally.items()) if count]
 
 
 def probe(recipe: Recipe, tokenizer: Any, context_tokens: int | None) -> SampleStore | None:
     """General text outside the task, on which forgetting is measured; the built-in one unless the recipe names one."""
-    if recipe.stage in ("classify", "mlm"):
+    if recipe.stage in ("classify", "mlm", "reward"):
         return None
     if recipe.evaluate.probe is not None:
         records: Records = read_records(recipe.evaluate.probe, stage="pretrain")
@@ -227,7 +257,7 @@ def prepare(
     say(trainable.describe())
     if recipe.train.checkpoint_activations:
         backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Job(recipe, tokenizer, inputs, backbone, trainable, device, precision), record
+    return Job(recipe, tokenizer, inputs, backbone, trainable, device, precision, base, folder, say=say), record
 
 
 def settled_device(wanted: str) -> str:
@@ -258,10 +288,11 @@ def run_origin(base: str) -> dict[str, Any]:
 
 
 def load_model(recipe: Recipe, base: str, label_names: tuple[str, ...]) -> Any:
-    """The base as the stage needs it: with a language head, a masked one, or a new classification head."""
+    """The base as the stage needs it: with a language head, a masked one, or a new head for classes or for a score."""
     problem = "multi_label_classification" if recipe.data.multi_label else "single_label_classification"
-    is_classifier = recipe.stage == "classify"
+    problems = {"classify": problem, "reward": "regression"}
+    names = reward.LABELS if recipe.stage == "reward" else label_names
     return load_backbone(
-        base, STAGES[recipe.stage].KIND, label_names=label_names or None, problem=problem if is_classifier else None,
+        base, STAGES[recipe.stage].KIND, label_names=names or None, problem=problems.get(recipe.stage),
         seed=recipe.seed, trust=recipe.trust_remote_code,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ def start(run: RunDir, resolved: Resolved, *, say: Say, show: Show) -> dict[str,
         say(f"note: {warning}")
     _use_threads(resolved.recipe)
     job, base = prepare(resolved.recipe, resolved.folder, say=say)
+    job = replace(job, run=run)
     built = _build(job, say)
     run.write_json("origins", dict(resolved.origins))
     run.write_json("inputs", _inputs(job, base, resolved.folder))
@@ -59,6 +60,7 @@ def go_on(run: RunDir, *, say: Say, show: Show) -> dict[str, Any]:
     folder = Path(run.read_json("inputs")["recipe_folder"])
     precision = began["precision"] if recipe.precision == "auto" else None
     job, base = prepare(recipe, folder, say=say, device=began["device"], precision=precision)
+    job = replace(job, run=run)
     return _train(run, job, _build(job, say), base, again=True, say=say, show=show)
 
 
@@ -98,10 +100,11 @@ def _train(
         needed = 2 * checkpoint_bytes(state.capture()[0]) + 4 * _trained_bytes(state)
         check_free_space(run.path, needed)
     progress = _fit(built, state, spec, files, say, show, resumed)
+    finished = built.finish(say) if built.finish is not None else {}
     after = measuring.measure(built, job, say, "after")
     before = measuring.before_of(run, after)
     finals.save(run, state)
-    result = _result(run, job, base, progress, before, after)
+    result = _result(run, job, base, progress, before, after) | dict(finished)
     result["seconds"] = round(time.perf_counter() - started, 3)
     return _publish(run, job, result, before, after, say)
 
@@ -163,6 +166,7 @@ def _compared(job: Job, before: Moment, after: Moment) -> dict[str, Any]:
         changes = compare(before.held_out.statistics, after.held_out.statistics, seed=seed)
         found["verdict"] = overall(changes, job.recipe.train.select_by)
         found["per_class"] = measuring.by_class(before.held_out, after.held_out)
+        found |= after.held_out.extra
         found["by_source"] = measuring.by_source(before.held_out, after.held_out, job.inputs.eval, seed)
     else:
         found["verdict"] = "Nothing was held out, so whether it helped is not known."
