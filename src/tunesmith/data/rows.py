@@ -52,17 +52,16 @@ class BadRow:
 
 def shown(text: str, limit: int = SHOWN_CHARS) -> str:
     """At most `limit` characters, everything that does not print (control, bidi, surrogates) escaped."""
-    out: list[str] = []
-    used = 0
-    for char in text[: limit + 1]:
-        piece = char if char.isprintable() and char != "\\" else char.encode("unicode_escape").decode("ascii")
-        used += len(piece)
-        if used > limit - 3:
-            whole = "".join(out)
-            rest = whole + piece
-            return rest if used <= limit and len(text) <= len(out) + 1 else whole + "..."
-        out.append(piece)
-    return "".join(out)
+    pieces = [
+        char if char.isprintable() and char != "\\" else char.encode("unicode_escape").decode("ascii")
+        for char in text[: limit + 1]
+    ]
+    whole = "".join(pieces)
+    if len(whole) <= limit:
+        return whole
+    while len(whole) > limit - 3:
+        whole = whole[: len(whole) - len(pieces.pop())]
+    return whole + "..."
 
 
 def bad_row(origin: str, error: RowError, raw: str | Mapping[str, object]) -> BadRow:
