@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.api_preferences import rank as rank
+from tunesmith.api_preferences import sample as sample
+from tunesmith.api_preferences import winrate as winrate
 from tunesmith.errors import RunError
 from tunesmith.recipe import Resolved, known_keys, load_recipe
 from tunesmith.recipe_chain import is_chain_recipe, load_chain, load_saved
@@ -132,6 +135,43 @@ def finetune(
         section["split"] = {"eval": 0.1}
     recipe = {"stage": stage, "base": str(base), "data": section, "tune": {"method": method}}
     return train(_place(recipe, settings), say=say, show=show)
+
+
+def quickstart(
+    stage: str = "classify",
+    overrides: Sequence[str] = (),
+    *,
+    folder: str | Path = "quickstart",
+    say: Say = _silent,
+    show: Callable[[StepReport], None] = _silent,
+) -> dict[str, Any]:
+    """Run a stage, or `chain`, on the embedded base and data; the recipe and its data are left in `folder` to edit.
+
+    Returns the run's result with `recipe`, `examples` before and after, and `next`: (command, what it is for).
+    """
+    from tunesmith.start import quickstart as first
+
+    recipe, name = first.lay_out(stage, Path(folder)), first.free_name(stage)
+    say(f"recipe: {recipe}")
+    result = train(recipe, overrides, run=name, say=say, show=show)
+    return first.finish(open_run(name), recipe, result, tuple(overrides))
+
+
+def init(
+    stage: str | None = None,
+    *,
+    data: str | Path | None = None,
+    base: str | None = None,
+    to: str | Path | None = None,
+    say: Say = _silent,
+) -> dict[str, Any]:
+    """Write a commented recipe for a stage, or for a data file that is looked at first; `{recipe, stage, notes}`.
+
+    `to` is the new file (STAGE.yaml when not named); one that exists is never overwritten (`RecipeError`).
+    """
+    from tunesmith.start import starter
+
+    return starter.write(stage, data=None if data is None else str(data), base=base, to=to, say=say)
 
 
 def resume(run: str | Path, *, say: Say = _silent, show: Callable[[StepReport], None] = _silent) -> dict[str, Any]:

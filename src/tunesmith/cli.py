@@ -12,10 +12,12 @@ from typing import Annotated, Any
 
 import typer
 
+from tunesmith import cli_preferences
 from tunesmith.cli_output import (
     Progress,
     diff_lines,
     metric_lines,
+    quickstart_lines,
     result_lines,
     rows_lines,
     tree_lines,
@@ -319,3 +321,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+cli_preferences.register(app, _give, _say)

@@ -82,7 +82,7 @@ def mean_interval(values: Sequence[float] | Array) -> Estimate:
     return Estimate(mean, mean - half, mean + half, n)
 
 
-def wilson(successes: int, n: int) -> Estimate:
+def wilson(successes: float, n: int) -> Estimate:
     """A share and Wilson's interval (1927), sound also near 0 and 1. 8 of 10 gives 0.8 (0.490 to 0.943)."""
     if n == 0:
         return Estimate(math.nan, None, None, 0)

@@ -55,7 +55,8 @@ def row_key(prompt: Any, completions: Sequence[str]) -> str:
 def read_tasks(path: Path, *, seed: int) -> list[Task]:
     """The prompts of a file that `sample` wrote, those with two different completions at least.
 
-    Completions that say the same are shown once, empty ones not at all. `DataError` for anything but such rows.
+    Completions that say the same are shown once; empty ones, and those with a NUL, which no data file may hold, not at
+    all. `DataError` for anything but such rows.
     """
     if not path.is_file():
         raise DataError(
@@ -85,7 +86,7 @@ def _task(row: Mapping[str, Any], seed: int) -> Task:
     prompt, texts = row["prompt"], row["completions"]
     if not prompt or not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise TypeError
-    kept = tuple(dict.fromkeys(text for text in texts if text.strip()))
+    kept = tuple(dict.fromkeys(text for text in texts if text.strip() and "\0" not in text))
     drawn = int(row_key(prompt, kept)[:12], 16)
     order = np.random.default_rng([seed, drawn]).permutation(len(kept))
     return Task(prompt, kept, tuple(int(i) for i in order))
