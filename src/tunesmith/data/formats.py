@@ -75,6 +75,8 @@ def _with(roles: Mapping[str, str | None]) -> dict[str, str]:
 
 
 def _find_messages(survey: Survey) -> Finding:
+    if survey.find("prompt", "messages") and survey.find("completion", "messages"):
+        return None
     columns = [c.name for c in survey.columns.values() if c.kind == "messages"]
     columns = survey.all(("messages", "conversation", "conversations", "chat", "dialogue"), "messages") or columns
     if len(columns) > 1:
@@ -114,9 +116,11 @@ def _find_pair(survey: Survey) -> tuple[str, str] | None:
     ]
     if len(pairs) > 1:
         raise Ambiguous("several pairs fit: " + ", ".join(f"{p} -> {c}" for p, c in pairs))
+    prompts, answers = survey.all(PROMPTS, "text"), survey.all(ANSWERS, "text")
+    if pairs and len(answers) > 1 and pairs[0][1] in answers:
+        raise Ambiguous(f"several columns could be the answer: {', '.join(answers)}")
     if pairs:
         return pairs[0]
-    prompts, answers = survey.all(PROMPTS, "text"), survey.all(ANSWERS, "text")
     if len(prompts) == 1 and len(answers) == 1 and prompts != answers:
         return prompts[0], answers[0]
     texts = survey.texts()
@@ -125,7 +129,7 @@ def _find_pair(survey: Survey) -> tuple[str, str] | None:
         return speaking[0][0], speaking[1][0]
     if len(texts) != 2:
         return None
-    known = [name for name in (*prompts, *answers) if name in texts]
+    known = [name for name in (*prompts, *answers) if name in texts and len(name) > 1]
     if len(known) == 1:
         other = texts[1 - texts.index(known[0])]
         return (known[0], other) if prompts else (other, known[0])
@@ -246,19 +250,21 @@ def _find_dialogue_pairs(survey: Survey) -> Finding:
 
 def _find_prompts(survey: Survey) -> Finding:
     column = survey.first(("messages",), "messages") or survey.find("prompt", "text", "messages")
+    answer = survey.first(("answer", "ground_truth", "solution", "completion"), "text")
     if column:
-        answers = ("answer", "ground_truth", "solution", "completion")
-        return _with({"prompt": column, "answer": survey.first(answers, "text")})
+        return _with({"prompt": column, "answer": answer})
     alpaca = _find_alpaca(survey)
     if alpaca:
         return _with({"prompt": alpaca["instruction"], "input": alpaca["input"], "answer": alpaca["output"]})
+    prompts, texts = survey.all(PROMPTS, "text"), survey.texts()
+    if len(prompts) == 1 and answer:
+        return {"prompt": prompts[0], "answer": answer}
     pair = _find_pair(survey)
     if pair:
         return {"prompt": pair[0], "answer": pair[1]}
     turns = _find_sharegpt(survey)
     if turns:
         return {"prompt": turns["conversations"]}
-    prompts, texts = survey.all(PROMPTS, "text"), survey.texts()
     if len(prompts) > 1:
         raise Ambiguous(f"several columns could be the prompt: {', '.join(prompts)}")
     only = prompts or (texts if len(texts) == 1 else [])

@@ -238,7 +238,7 @@ def read_records(
         raise DataError(f"data.on_bad_row: {on_bad_row!r} is not known; it is error or skip")
     found = find(spec)
     parts = _parts(found.files, found.hub, stage, format)
-    made = None if template is None else get_template(template, answered=stage in COMPLETED)
+    made = None if template is None else get_template(template, answered=stage == "sft")
     samples = _samples(parts, skip=on_bad_row == "skip")
     layout = _layout(samples, stage, format, dict(columns or {}), made)
     skip = on_bad_row == "skip"
