@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tunesmith import cli_preferences
+from tunesmith import cli_preferences, cli_trust
 from tunesmith.cli_output import (
     Progress,
     diff_lines,
@@ -308,10 +308,15 @@ def _say(text: str) -> None:
 def _give(value: Any, as_json: bool, lines: Callable[[Any], Iterable[str]]) -> None:
     """The result on stdout: one JSON document on one line, or text."""
     if as_json:
-        print(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=str))
+        print(_unprinted(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=str)))
         return
     for line in lines(value):
         print(visible(line))
+
+
+def _unprinted(text: str) -> str:
+    """JSON in which what does not print, such as the controls above 127, is written as JSON's own escapes."""
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def _finite(value: Any) -> Any:
@@ -324,3 +329,4 @@ def _finite(value: Any) -> Any:
 
 
 cli_preferences.register(app, _give, _say)
+cli_trust.register(app, _give, _say)

@@ -151,6 +151,12 @@ def create_run(name: str | None, *, stage: str, root: Path | str = "runs") -> Ru
     return RunDir(path)
 
 
+def refuse_outside(name: str) -> None:
+    """`RunError` for a recipe's own `run` that leads out of this folder; where else to write is for --run to say."""
+    if "\0" not in name and not Path(name).resolve().is_relative_to(Path.cwd()):
+        raise RunError(f"the recipe's `run: {name[:60]}` leads out of this folder; name a run, or give --run FOLDER")
+
+
 def refuse_taken(path: Path) -> None:
     """`RunError` when there is a run in the folder already."""
     if (path / LAYOUT["recipe"]).exists():

@@ -1,0 +1,78 @@
+"""The public names and their signatures: what scripts lean on does not change unseen."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import tunesmith
+
+SIGNATURES = {
+    "chat": "(run, prompt, *, max_tokens=256, temperature=0.0, seed=0)",
+    "check": "(recipe_or_data, overrides=(), *, say=_silent)",
+    "evaluate": "(run_or_model, data, *, stage=None, say=_silent)",
+    "export": "(run, to, format='adapter', *, say=_silent)",
+    "finetune": "(base, data, stage, method='lora', *, say=_silent, show=_silent, **settings)",
+    "load_recipe": "(source, overrides=())",
+    "predict": "(run, texts, *, max_tokens=256)",
+    "resume": "(run, *, say=_silent, show=_silent)",
+    "runs_diff": "(a, b)",
+    "runs_list": "(root='runs')",
+    "runs_show": "(run)",
+    "train": "(recipe, overrides=(), *, run=None, say=_silent, show=_silent)",
+}
+ERRORS = {
+    "DataError": ValueError, "DiskError": RuntimeError, "Interrupted": Exception, "ModelError": ValueError,
+    "NonFiniteError": ArithmeticError, "RecipeError": ValueError, "RunError": RuntimeError, "TunesmithError": Exception,
+}  # fmt: skip
+
+
+def signature(function) -> str:
+    parts, starred = [], False
+    for p in inspect.signature(function).parameters.values():
+        if p.kind is p.KEYWORD_ONLY and not starred:
+            parts, starred = [*parts, "*"], True
+        shown = getattr(p.default, "__name__", None) or repr(p.default)
+        stars = "**" if p.kind is p.VAR_KEYWORD else ""
+        parts.append(stars + p.name + ("" if p.default is p.empty else f"={shown}"))
+    return f"({', '.join(parts)})"
+
+
+def test_the_public_names_are_these():
+    assert set(tunesmith.__all__) == {*SIGNATURES, *ERRORS, "__version__"}
+    assert set(dir(tunesmith)) >= set(tunesmith.__all__)
+
+
+def test_the_signatures_are_these():
+    assert {name: signature(getattr(tunesmith, name)) for name in SIGNATURES} == SIGNATURES
+
+
+def test_errors_are_one_tree_and_also_the_standard_ones():
+    for name, standard in ERRORS.items():
+        error = getattr(tunesmith, name)
+        assert issubclass(error, tunesmith.TunesmithError) and issubclass(error, standard)
+
+
+def test_verbs_stay_functions_when_their_packages_are_loaded():
+    """`evaluate` and `export` are packages too; loading them must not hide the verbs."""
+    code = (
+        "import tunesmith, tunesmith.evaluate.report, tunesmith.export.merge, tunesmith.stages.using\n"
+        "assert callable(tunesmith.evaluate) and callable(tunesmith.export)\n"
+        "from tunesmith.evaluate import report; from tunesmith import export; assert callable(export)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    assert not hasattr(tunesmith, "fine_tune")
+
+
+def test_the_version_is_the_installed_one():
+    assert tunesmith.__version__[0].isdigit()
+
+
+def test_the_package_is_typed():
+    from importlib.resources import files
+
+    assert files("tunesmith").joinpath("py.typed").is_file()
