@@ -251,7 +251,7 @@ def rollout_sample(played: Played, index: int, grouped: bool) -> Sample:
     ids = np.asarray([*rollout.prompt_ids, *rollout.ids], np.int32)
     weights = np.zeros(len(ids), np.float32)
     weights[len(rollout.prompt_ids) :] = 1.0
-    group = int(played.groups[index]) if grouped else index
+    group = int(played.groups[index]) if grouped else int(index)
     return Sample(ids, weights, group=group, origin=f"{item.origin}#{rollout.sample_index + 1}")
 
 
