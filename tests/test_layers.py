@@ -25,8 +25,8 @@ its name begins with."""
 ALONE = {
     "engine": {"engine", "batch", "ops", "recipe", "rundir", "errors"},
     "objectives": {"objectives", "batch", "ops", "errors"},
-    "data": {"data", "batch", "ops", "errors"},
-    "model": {"model", "batch", "ops", "errors"},
+    "data": {"data", "batch", "ops", "errors", "embedded"},
+    "model": {"model", "batch", "ops", "errors", "embedded"},
 }
 """Parts that may import only these."""
 LIGHT = re.compile(r"^(recipe\w*|errors|rundir|cli\w*|api\w*|__init__|__main__|plan/\w+|dashboard/\w+)\.py$")

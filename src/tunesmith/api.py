@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.api_preferences import rank as rank
 from tunesmith.api_preferences import sample as sample
 from tunesmith.api_preferences import winrate as winrate
+from tunesmith.api_trust import selftest as selftest
 from tunesmith.errors import RunError
 from tunesmith.recipe import Resolved, known_keys, load_recipe
 from tunesmith.recipe_chain import is_chain_recipe, load_chain, load_saved
@@ -27,6 +28,7 @@ from tunesmith.rundir import (
     list_runs,
     model_run,
     open_run,
+    refuse_outside,
     refuse_taken,
 )
 
@@ -80,6 +82,8 @@ def train(
     if not isinstance(recipe, Resolved) and is_chain_recipe(recipe):
         return _train_chain(recipe, overrides, run, say=say, show=show)
     resolved = _resolved(recipe, overrides)
+    if run is None and resolved.recipe.run is not None:
+        refuse_outside(resolved.recipe.run)
     folder = create_run(run or resolved.recipe.run, stage=resolved.recipe.stage)
     try:
         folder.lock()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from io import StringIO
 
 import pytest
+from safetensors.numpy import load_file, save_file
 from tests.cli.conftest import labelled, recipe_for, write_rows
 
 import tunesmith
@@ -222,3 +224,16 @@ def test_recall_of_each_label_is_in_the_report(labels_run, work):
     assert set(result["per_class"]) == {"no", "yes"}
     assert result["per_class"]["yes"]["before"]["n"] == 4
     assert "Label yes:" in (work / "runs/labels/report.html").read_text()
+
+
+def test_a_run_whose_base_has_changed_is_refused(labels_run, run, work):
+    """The same shapes with other numbers would load without a word."""
+    target = (work / "bert").resolve()
+    (work / "bert").unlink()
+    shutil.copytree(target, work / "bert")
+    assert run("predict", labels_run, "the cat").code == 0, "a copy is the same base"
+    tensors = load_file(work / "bert/model.safetensors")
+    name = next(key for key in tensors if key.endswith("word_embeddings.weight"))
+    save_file(tensors | {name: tensors[name] * 1.01}, work / "bert/model.safetensors", metadata={"format": "pt"})
+    done = run("predict", labels_run, "the cat")
+    assert done.code == 2 and "bert" in done.err and "put them back" in done.err

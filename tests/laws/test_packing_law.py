@@ -48,15 +48,30 @@ def test_packed_logprobs_and_gradients_equal_one_by_one(family):
     assert packed.abs().max() > 1
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", *ENCODERS])
-def test_a_score_does_not_depend_on_its_neighbours(family):
+@pytest.mark.parametrize("family", [*CAUSAL, *ENCODERS])
+def test_a_score_and_its_gradients_do_not_depend_on_neighbours(family):
     model = ScoreModel(tiny_classifier(family, labels=3))
     assert model.layout is Layout.PACKED, model.why
     samples = make_samples(label=True)
     packed = model(collate(samples)).scores
+    packed.square().sum().backward()
+    packed_grads = grads(model)
+    model.zero_grad(set_to_none=True)
     alone = torch.cat([model(collate([s])).scores for s in samples])
+    alone.square().sum().backward()
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+    alone_grads = grads(model)
+    torch.testing.assert_close(packed_grads, alone_grads, rtol=1e-4, atol=1e-5 * float(alone_grads.abs().max()))
     assert (packed[0] - packed[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_control_a_leak_changes_scores(family):
+    model = ScoreModel(tiny_classifier(family, labels=3))
+    samples = make_samples(label=True)
+    joined = Sample(np.concatenate([s.ids for s in samples[:2]]), np.concatenate([s.weights for s in samples[:2]]))
+    right, leaking = model(collate(samples[:2])).scores, model(collate([joined])).scores
+    assert (right[1] - leaking[0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])

@@ -113,6 +113,8 @@ class MetricsLog:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
     if isinstance(value, Tensor):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

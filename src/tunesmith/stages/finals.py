@@ -19,6 +19,8 @@ from tunesmith.engine.checkpoint import load_checkpoint, save_checkpoint, verify
 from tunesmith.engine.state import TrainState
 from tunesmith.errors import RunError
 from tunesmith.evaluate.likelihood import evaluating, token_batches
+from tunesmith.model.folder import resolve
+from tunesmith.model.hashing import weights_hash
 from tunesmith.model.language import LanguageModel
 from tunesmith.model.load import load_tokenizer
 from tunesmith.model.score import ScoreModel
@@ -26,7 +28,7 @@ from tunesmith.model.trainable import Trainable, make_trainable
 from tunesmith.recipe import Recipe, load_resolved
 from tunesmith.rundir import RunDir
 from tunesmith.stages.job import Job, trainable_spec
-from tunesmith.stages.prepare import base_path, load_model
+from tunesmith.stages.prepare import base_path, load_model, run_origin
 
 BATCH_TOKENS = 8192
 Model = LanguageModel | ScoreModel
@@ -77,6 +79,7 @@ def open_tuned(run: RunDir, *, device: str = "cpu", precision: str = "float32") 
     recipe, inputs = load_resolved(run.file("recipe")), run.read_json("inputs")
     origin = Path(inputs["recipe_folder"])
     base, labels = base_path(recipe.base, origin), tuple(inputs["labels"])
+    _refuse_changed_base(run, inputs["base"], base, recipe.trust_remote_code)
     backbone = load_model(recipe, base, labels)
     trainable = make_trainable(backbone, trainable_spec(recipe, origin))
     model = wrap(recipe.stage, backbone, precision)
@@ -86,6 +89,22 @@ def open_tuned(run: RunDir, *, device: str = "cpu", precision: str = "float32") 
         model.set_shift(float(model.shift))
     tokenizer = load_tokenizer(base, trust=recipe.trust_remote_code)
     return Tuned(run, recipe, tokenizer, model.to(device).eval(), trainable, labels, inputs["template"], base)
+
+
+def _refuse_changed_base(run: RunDir, recorded: Mapping[str, Any], base: str, trust: str | None) -> None:
+    """The base, or the run it comes from, must still be what was tuned: an adapter fits any of the same shape."""
+    now = run_origin(base).get("content")
+    if recorded.get("content") != now:
+        raise RunError(
+            f"{run.path} was trained from the run {recorded.get('name')} as it was (content "
+            f"{str(recorded.get('content'))[:12]}), which is now another model ({str(now)[:12]}); train it again, or "
+            "put that run back"
+        )
+    if now is None and (found := weights_hash(resolve(base, trust=trust))) != recorded["hash"]:
+        raise RunError(
+            f"{run.path} was trained from {recorded['name']} with the weights {recorded['hash'][:12]}, which are now "
+            f"{found[:12]}: what it learned belongs to those it began with; put them back, or train again"
+        )
 
 
 def wrap(stage: str, backbone: Any, precision: str = "float32") -> Model:

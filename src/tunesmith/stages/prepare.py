@@ -117,9 +117,9 @@ def labels_of(records: Iterable[Record]) -> tuple[str, ...]:
 def make_inputs(recipe: Recipe, sets: Sets, tokenizer: Any, context_tokens: int | None, *, say: Say) -> Inputs:
     """Check the records, then encode them; what was noticed is said and kept."""
     labels = label_names(recipe, sets) if recipe.stage == "classify" else ()
-    findings = look_at(recipe, sets)
+    findings = [*map(str, look_at(recipe, sets)), *left_out(sets)]
     for finding in findings:
-        say(str(finding))
+        say(finding)
     encoder = make_encoder(recipe, tokenizer, labels, context_tokens)
     stores = {
         name: None if records is None else _encode(records, encoder, name, recipe, context_tokens, say=say)
@@ -128,10 +128,21 @@ def make_inputs(recipe: Recipe, sets: Sets, tokenizer: Any, context_tokens: int 
     train = stores["training"]
     assert train is not None
     notes = (
-        *map(str, findings),
+        *findings,
         *(f"{name}: {text}" for name, s in stores.items() if s is not None for text in tally(s)),
     )
     return Inputs(train, stores["held-out"], stores["test"], probe(recipe, tokenizer, context_tokens), labels, notes)
+
+
+def left_out(sets: Sets) -> list[str]:
+    """Rows passed over under `data.on_bad_row: skip`, counted and, the first of them, named."""
+    found = []
+    for name, records in (("training", sets.train), ("held-out", sets.eval), ("test", sets.test)):
+        if records is not None and records.num_bad:
+            first = [str(row.origin) for row in getattr(records, "bad_rows", ())[:5]]
+            where = f" ({', '.join(first)}{', ...' if records.num_bad > len(first) else ''})" if first else ""
+            found.append(f"warning: {records.num_bad:,} bad {name} rows left out{where}")
+    return found
 
 
 def look_at(recipe: Recipe, sets: Sets) -> list[Finding]:
@@ -290,7 +301,7 @@ def run_origin(base: str) -> dict[str, Any]:
 def load_model(recipe: Recipe, base: str, label_names: tuple[str, ...]) -> Any:
     """The base as the stage needs it: with a language head, a masked one, or a new head for classes or for a score."""
     problem = "multi_label_classification" if recipe.data.multi_label else "single_label_classification"
-    problems = {"classify": problem, "reward": "regression"}
+    problems: dict[str, Any] = {"classify": problem, "reward": "regression"}
     names = reward.LABELS if recipe.stage == "reward" else label_names
     return load_backbone(
         base, STAGES[recipe.stage].KIND, label_names=names or None, problem=problems.get(recipe.stage),
