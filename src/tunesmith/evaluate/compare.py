@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.evaluate.intervals import Estimate, Statistic, paired_difference
-from tunesmith.evaluate.tasks import LOWER_IS_BETTER
+from tunesmith.evaluate.tasks import LOWER_IS_BETTER, NEUTRAL
 
 MIN_ROWS = 5
 NO_CHANGE = "no measurable change"
@@ -25,7 +25,7 @@ MAIN_METRICS = (
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """after - before of one metric; `verdict` is "better", "worse" or "no measurable change"."""
+    """after - before of one metric; `verdict` is "better", "worse", "changed" or "no measurable change"."""
 
     metric: str
     before: float
@@ -56,9 +56,12 @@ def compare(
 
 
 def judge(metric: str, change: Estimate) -> str:
-    """Better or worse only when the 95 % interval of the difference leaves out 0 and at least 5 rows were compared."""
+    """Better or worse only when the 95 % interval of the difference leaves out 0 and at least 5 rows were compared; a
+    metric that is neither by itself (the KL to the start, a length) has changed."""
     if change.n < MIN_ROWS or change.low is None or change.high is None or change.low <= 0 <= change.high:
         return NO_CHANGE
+    if metric in NEUTRAL:
+        return "changed"
     rose = change.low > 0
     return "better" if rose != (metric in LOWER_IS_BETTER) else "worse"
 
