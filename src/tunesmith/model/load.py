@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -33,6 +34,7 @@ from tunesmith.model.hashing import weights_hash
 
 Kind = Literal["causal", "masked", "classifier"]
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
+_TIED_HEAD = "lm_head.weight"
 _FACTORIES: dict[str, Any] = {
     "causal": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "a causal language model"),
     "masked": (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING_NAMES, "a masked language model"),
@@ -110,7 +112,8 @@ def load_backbone(
             output_loading_info=True,
         )
     mismatched = {item[0] if isinstance(item, tuple) else item for item in info["mismatched_keys"]}
-    _start_missing(base, backbone, set(info["missing_keys"]) | mismatched, kind, keep_head, seed)
+    missing = _without_tied(folder, backbone, set(info["missing_keys"]))
+    _start_missing(base, backbone, missing | mismatched, kind, keep_head, seed)
     _check_vocabulary(base, folder, backbone, trust)
     return backbone.eval()
 
@@ -145,6 +148,24 @@ def _set_labels(config: Any, label_names: Sequence[str] | None, problem: Problem
     if problem is not None:
         config.problem_type = problem
     return was and (label_names is None or before == list(label_names))
+
+
+def _without_tied(folder: Path, backbone: Any, missing: set[str]) -> set[str]:
+    """What is missing still when an embedding that is stored as the output head it is tied to has been read from there.
+
+    A classifier has no output head, so transformers does not look for it.
+    """
+    embedding = backbone.get_input_embeddings().weight
+    name = next(name for name, parameter in backbone.named_parameters() if parameter is embedding)
+    if name not in missing or not getattr(backbone.config.get_text_config(), "tie_word_embeddings", False):
+        return missing
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            if _TIED_HEAD in file.keys() and tuple(file.get_slice(_TIED_HEAD).get_shape()) == tuple(embedding.shape):  # noqa: SIM118
+                with torch.no_grad():
+                    embedding.copy_(file.get_tensor(_TIED_HEAD))
+                return missing - {name}
+    return missing
 
 
 def _start_missing(base: str | Path, backbone: Any, missing: set[str], kind: Kind, keep_head: bool, seed: int) -> None:

@@ -113,7 +113,6 @@ def make_source(
 ) -> OfflineSource:
     """The training samples (or `samples`: the same with columns) in the order and steps that the recipe asks for."""
     train, store = job.recipe.train, samples or job.inputs.train
-    assert not isinstance(store, PromptSet), "prompts have a source of their own"
     return OfflineSource(
         store,
         seed=job.recipe.seed,

@@ -7,7 +7,7 @@ from typing import Any
 
 from tunesmith.data.store import SampleStore
 from tunesmith.evaluate.generate import GenerationResult, evaluate_generation, questions_of
-from tunesmith.evaluate.likelihood import bytes_of_tokens, evaluate_likelihood
+from tunesmith.evaluate.likelihood import Samples, bytes_of_tokens, evaluate_likelihood
 from tunesmith.model.language import LanguageModel
 from tunesmith.rollout.sampler import Sampler
 from tunesmith.stages.job import Collate, Job, Measured
@@ -29,7 +29,7 @@ def quick_metrics(measured: Measured) -> Mapping[str, float]:
     return {name: estimate.value for name, estimate in measured.metrics.items()}
 
 
-def complete(job: Job, model: LanguageModel, store: SampleStore) -> GenerationResult | None:
+def complete(job: Job, model: LanguageModel, store: Samples) -> GenerationResult | None:
     """Greedy completions of held-out prompts, when the recipe asks for metrics on generated text or for samples."""
     generate, samples = job.recipe.evaluate.generate, job.recipe.evaluate.samples
     limit = generate.examples if generate is not None else samples

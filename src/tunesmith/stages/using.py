@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tunesmith.plan.hardware import choose_device, choose_precision
 from tunesmith.recipe import Recipe, load_recipe, load_resolved
 from tunesmith.rollout.sampler import Sampler
 from tunesmith.rundir import RunDir, model_run, open_run
+from tunesmith.stages import finals
 from tunesmith.stages.finals import Tuned, classify_texts, longest_of, open_tuned
 from tunesmith.stages.job import Inputs, Job, Measured
 from tunesmith.stages.prepare import (
@@ -50,7 +52,8 @@ def evaluate(target: str | Path, data: str, *, stage: str | None, say: Say) -> d
         say(text)
     job = Job(
         model.recipe, model.tokenizer, Inputs(store, store, None, label_names=labels), backbone, model.trainable,
-        model.device, model.precision,
+        model.device, model.precision, base=model.base, say=say,
+        start=None if run is None else partial(finals.untrained, run),
     )  # fmt: skip
     return _evaluation(str(target), data, model.recipe, STAGES[model.recipe.stage].build(job).measure(store, True))
 
@@ -171,6 +174,9 @@ def _opened(run: RunDir) -> Tuned:
 def _answers(
     tuned: Tuned, texts: Sequence[str], max_tokens: int, temperature: float, seed: int
 ) -> list[dict[str, Any]]:
+    if tuned.recipe.stage == "reward":
+        raise RecipeError(f"{tuned.run.path} is a reward model: it scores answers to prompts and has none of its own; "
+                          "measure it with `tunesmith eval`, or use it as `reward.run`")  # fmt: skip
     if isinstance(tuned.model, ScoreModel):
         data = tuned.recipe.data
         return classify_texts(
