@@ -221,3 +221,27 @@ def test_the_data_is_named_and_hashed_and_no_folder_of_this_machine_is(tmp_path:
         for part in ("reviews.jsonl", "sha256:123", "no, yes"):
             assert part in text, (path.name, part)
         assert "somebody" not in text
+
+
+def with_losses(folder: Path, trained: float, held: float) -> str:
+    write_run(folder)
+    rows = [{"step": s, "epoch": s / 10, "loss": trained} for s in range(1, 21)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = {"step": 20, "epoch": 2, "metrics": {"loss": held}}
+    (folder / "evaluations.jsonl").write_text(json.dumps(line) + "\n")
+    return write_report(folder).read_text()
+
+
+def test_a_gap_between_training_and_held_out_loss_is_flagged(tmp_path):
+    """The worked example's own run: 0.0095 on training rows, 1.03 held out."""
+    assert "knows its training rows better" in with_losses(tmp_path / "a", 0.0095, 1.03)
+    assert "Gap: none to speak of" in with_losses(tmp_path / "b", 0.40, 0.42)
+
+
+def test_held_out_files_are_shown_one_by_one(tmp_path):
+    folder = write_run(tmp_path / "run")
+    pair = {"before": {"loss": entry(2.0, 1.9, 2.1)}, "after": {"loss": entry(1.25, 1.2, 1.3)}}
+    whole = json.loads((folder / "result.json").read_text()) | {"by_source": {"medical<b>.jsonl": pair}}
+    (folder / "result.json").write_text(json.dumps(whole))
+    page = write_report(folder).read_text()
+    assert "By data set" in page and "medical&lt;b&gt;.jsonl" in page and "1.25" in page

@@ -39,6 +39,8 @@ from tunesmith.rundir import LAYOUT, write_whole
 MAX_SAMPLES = 20
 MAX_TEXT = 4000
 MAX_PROBLEMS = 20
+GAP = 1.3
+"""Held-out loss over training loss from which on the report calls it a gap."""
 
 
 def write_report(run_dir: Path) -> Path:
@@ -57,6 +59,7 @@ def render(run: RunFiles) -> str:
             _head(run, name),
             _verdict(run),
             _before_after(run, "", "Before and after"),
+            _by_source(run),
             _before_after(run, "test", "Test set, used once"),
             _curve(run),
             _samples(run),
@@ -159,6 +162,16 @@ def _baselines(source: Mapping[str, Any]) -> Markup:
     return join([tag("h3", "Baselines"), table(("system", "metric", "value"), rows)]) if rows else Markup("")
 
 
+def _by_source(run: RunFiles) -> Markup:
+    """The held-out files one by one, as for the tasks of a mix."""
+    found = run.result.get("by_source")
+    rows = []
+    for source, pair in found.items() if isinstance(found, Mapping) else ():
+        before, after = (estimates(dig(pair, key)) for key in ("before", "after"))
+        rows += [(source, n.replace("_", " "), _cell(before.get(n)), _cell(entry)) for n, entry in after.items()]
+    return section("By data set", table(("held-out file", "metric", "before", "after"), rows) if rows else "")
+
+
 def _curve(run: RunFiles) -> Markup:
     drawn = plots.curve(run.metrics, run.evaluations, run.main_metric())
     picture = figure(drawn, "Loss of each training step, and the held-out rows") if drawn else ""
@@ -209,7 +222,7 @@ def _short(value: Any) -> str:
 
 def _checks(run: RunFiles) -> Markup:
     """What goes wrong most often in tuning, each looked at."""
-    lines = [*_overfitting(run), *_forgetting(run), *_per_class(run)]
+    lines = [*_overfitting(run), *_gap(run), *_forgetting(run), *_per_class(run)]
     findings = run.result.get("findings")
     lines += [str(f) for f in findings[:MAX_PROBLEMS]] if isinstance(findings, list) else []
     listed = Markup("<ul>" + "".join(tag("li", line) for line in lines) + "</ul>") if lines else ""
@@ -228,6 +241,21 @@ def _overfitting(run: RunFiles) -> list[str]:
         f"Overfitting: the held-out loss was lowest at step {amount_of(best.get('step'))} ({amount(low)}) "
         f"and rose to {amount(end)} by step {amount_of(last.get('step'))}. Train for fewer epochs, or stop early."
     ]
+
+
+def _gap(run: RunFiles) -> list[str]:
+    """Training and held-out loss at the end of training, side by side: far apart, the rows were learned by heart."""
+    found = best_evaluation(run.evaluations, "loss")
+    losses = [as_number(line.get("loss")) for line in run.metrics if is_number(line.get("loss"))]
+    if found is None or not losses:
+        return []
+    last = losses[-max(1, len(losses) // 10) :]
+    trained, held = sum(last) / len(last), as_number(estimates(found[1]["metrics"])["loss"]["value"])
+    pair = f"{amount(trained)} on training rows and {amount(held)} on held-out rows at the end"
+    if held > GAP * trained + 0.05:
+        return [f"Gap: the loss is {pair}; the model knows its training rows better than the task. More or more varied "
+                "rows, fewer epochs, dropout or weight decay help."]  # fmt: skip
+    return [f"Gap: none to speak of; the loss is {pair}."]
 
 
 def _forgetting(run: RunFiles) -> list[str]:
