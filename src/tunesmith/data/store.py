@@ -21,7 +21,7 @@ from tunesmith.data.encode import Encoder
 from tunesmith.data.kinds import Record
 from tunesmith.errors import DataError
 
-VERSION = 2
+VERSION = 3
 _FILES = {"ids": np.int32, "weights": np.float32, "offsets": np.int64, "labels": np.float32,
           "groups": np.int64, "origin_offsets": np.int64}  # fmt: skip
 
@@ -52,6 +52,7 @@ class SampleStore:
     groups: NDArray[np.int64] | None
     _arrays: dict[str, Any] = field(repr=False)
     _origins: Any = field(repr=False)
+    _moved: Mapping[str, str] = field(repr=False, default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -71,7 +72,9 @@ class SampleStore:
     def origin(self, index: int) -> str:
         """Where the sample's record stands, as `file:line`."""
         offsets = self._arrays["origin_offsets"]
-        return bytes(self._origins[int(offsets[index]) : int(offsets[index + 1])]).decode()
+        origin = bytes(self._origins[int(offsets[index]) : int(offsets[index + 1])]).decode()
+        name, colon, line = origin.rpartition(":")
+        return self._moved.get(name, name) + colon + line
 
     def _label(self, index: int) -> int | tuple[float, ...] | None:
         if self.label_width == 0:
@@ -88,10 +91,11 @@ def build_store(records: Records, encoder: Encoder, cache_dir: Path) -> SampleSt
     """
     key = sha256(f"{VERSION}/{records.fingerprint}/{encoder.key}".encode()).hexdigest()[:32]
     folder = Path(cache_dir) / "samples" / key
-    found = _open(folder, key)
+    files = tuple(getattr(records, "files", ()))
+    found = _open(folder, key, files)
     if found is None:
         _write(records, encoder, folder, key)
-        found = _open(folder, key)
+        found = _open(folder, key, files)
     if found is None:
         raise DataError(f"the cache {folder} cannot be read back; is its disk sound? TUNESMITH_CACHE names another")
     return found
@@ -149,7 +153,8 @@ def _write_samples(records: Iterable[Record], encoder: Encoder, folder: Path) ->
     (folder / "origin_offsets").write_bytes(np.asarray(origins, np.int64).tobytes())
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     return {
-        "version": VERSION, "tally": dict(encoder.tally), "num_targets": targets, "label_width": width, "sizes": sizes
+        "version": VERSION, "files": getattr(records, "files", ()), "tally": dict(encoder.tally),
+        "num_targets": targets, "label_width": width, "sizes": sizes,
     }  # fmt: skip
 
 
@@ -170,8 +175,8 @@ def _refuse_too_long(lengths: list[int], encoder: Encoder) -> None:
     )
 
 
-def _open(folder: Path, key: str) -> SampleStore | None:
-    """The store, or None when it is not there or not whole."""
+def _open(folder: Path, key: str, files: tuple[str, ...] = ()) -> SampleStore | None:
+    """The store, or None when it is not there or not whole. `files` is how the user calls now what was read then."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in meta["sizes"]}
@@ -184,6 +189,7 @@ def _open(folder: Path, key: str) -> SampleStore | None:
     return SampleStore(
         folder, key, meta["tally"], int(lengths.sum()), meta["num_targets"], meta["label_width"], lengths,
         arrays["groups"] if len(arrays["groups"]) else None, arrays, _map(folder / "origins", np.dtype(np.uint8)),
+        {old: new for old, new in zip(meta["files"], files, strict=False) if old != new},
     )  # fmt: skip
 
 
