@@ -12,7 +12,7 @@ SIGNATURES = {
     "chat": "(run, prompt, *, max_tokens=256, temperature=0.0, seed=0)",
     "check": "(recipe_or_data, overrides=(), *, say=_silent)",
     "evaluate": "(run_or_model, data, *, stage=None, say=_silent)",
-    "export": "(run, to, format='adapter', *, say=_silent)",
+    "export": "(run, to, format='adapter', *, push_to=None, say=_silent)",
     "finetune": "(base, data, stage, method='lora', *, say=_silent, show=_silent, **settings)",
     "load_recipe": "(source, overrides=())",
     "predict": "(run, texts, *, max_tokens=256)",

@@ -260,11 +260,16 @@ def check(recipe_or_data: RecipeLike, overrides: Sequence[str] = (), *, say: Say
     return checking.check_recipe(_resolved(recipe_or_data, overrides), say=say)
 
 
-def export(run: str | Path, to: str | Path, format: str = "adapter", *, say: Say = _silent) -> dict[str, Any]:
-    """Write the tuned model to `to` as PEFT's adapter folder or as a merged transformers model, verified."""
+def export(
+    run: str | Path, to: str | Path, format: str = "adapter", *, push_to: str | None = None, say: Say = _silent
+) -> dict[str, Any]:
+    """Write the tuned model to `to` as PEFT's adapter folder or as a merged transformers model, verified.
+
+    Nothing leaves the machine unless `push_to` names a repository of the hub (owner/name), which is made private.
+    """
     from tunesmith.stages import using
 
-    return using.export(model_run(open_run(run)), Path(to), format, say=say)
+    return using.export(model_run(open_run(run)), Path(to), format, push_to=push_to, say=say)
 
 
 def runs_list(root: str | Path = "runs") -> list[dict[str, Any]]:

@@ -233,12 +233,13 @@ def export(
     *,
     to: Annotated[str, typer.Option("--to", help="A new folder.")],
     format: Annotated[str, typer.Option("--format", help="adapter (PEFT) or merged (transformers).")] = "adapter",
+    push_to: Annotated[str | None, typer.Option("--push-to", metavar="OWNER/NAME", help="Also to the hub.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the tuned model for other programs, verified first."""
     from tunesmith import api
 
-    _give(api.export(run, to, format, say=_say), as_json, tree_lines)
+    _give(api.export(run, to, format, push_to=push_to, say=_say), as_json, tree_lines)
 
 
 @app.command()

@@ -237,3 +237,34 @@ def test_a_run_whose_base_has_changed_is_refused(labels_run, run, work):
     save_file(tensors | {name: tensors[name] * 1.01}, work / "bert/model.safetensors", metadata={"format": "pt"})
     done = run("predict", labels_run, "the cat")
     assert done.code == 2 and "bert" in done.err and "put them back" in done.err
+
+
+def test_nothing_is_sent_to_the_hub_unless_named(labels_run, run, work, monkeypatch):
+    sent = []
+
+    class Hub:
+        def create_repo(self, name, **options):
+            sent.append((name, options["private"]))
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            sent.append(sorted(path.name for path in folder_path.iterdir()))
+            return f"hub/{repo_id}"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    assert run("export", labels_run, "--to", "quiet").code == 0 and sent == []
+    done = run("export", labels_run, "--to", "loud", "--push-to", "me/mine")
+    assert done.code == 0 and "hub/me/mine" in done.err
+    assert sent[0] == ("me/mine", True) and "adapter_model.safetensors" in sent[1] and "README.md" in sent[1]
+    readme = (work / "loud/README.md").read_text()
+    assert readme.startswith('---\nlibrary_name: "peft"\nbase_model: "bert"\n---\n') and "Results" in readme
+
+
+def test_a_hub_that_refuses_leaves_the_export(labels_run, run, work, monkeypatch):
+    class Hub:
+        def create_repo(self, name, **options):
+            raise OSError("secret hf_CANARY")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    done = run("export", labels_run, "--to", "out", "--push-to", "me/mine")
+    assert done.code == 2 and "me/mine" in done.err and "CANARY" not in done.err
+    assert (work / "out/adapter_model.safetensors").is_file()

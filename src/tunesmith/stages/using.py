@@ -15,6 +15,7 @@ from tunesmith.data.templates import get_template
 from tunesmith.errors import DataError, ModelError, RecipeError, RunError
 from tunesmith.export.merge import export_run
 from tunesmith.export.verify import probe_ids
+from tunesmith.export.publish import push, write_readme
 from tunesmith.model.load import base_record, load_config, load_tokenizer
 from tunesmith.model.score import ScoreModel
 from tunesmith.model.trainable import Trainable
@@ -208,11 +209,11 @@ def encode_prompt(tuned: Tuned, prompt: str) -> list[int]:
     return prompt_ids(prompt, tuned.tokenizer)
 
 
-def export(run: RunDir, to: Path, format: str, *, say: Say) -> dict[str, Any]:
+def export(run: RunDir, to: Path, format: str, *, push_to: str | None, say: Say) -> dict[str, Any]:
     """Write adapter or merged model to a new folder, verified against the trained model first."""
-    tuned = open_tuned(run)
     if format not in ("adapter", "merged"):
         raise ModelError(f"there is no export format `{format}`; take adapter or merged")
+    tuned = open_tuned(run)
     if format == "adapter" and tuned.recipe.tune.method not in ("lora", "peft"):
         raise ModelError(
             f"{run.path} trained by method {tuned.recipe.tune.method}, which has no adapter; take --format merged"
@@ -220,7 +221,10 @@ def export(run: RunDir, to: Path, format: str, *, say: Say) -> dict[str, Any]:
     config = tuned.backbone.config.get_text_config()
     probes = probe_ids(config.vocab_size, avoid=config.pad_token_id)
     done = export_run(tuned.backbone, tuned.tokenizer, to, format, base_name=tuned.recipe.base, probes=probes)  # type: ignore[arg-type]
+    write_readme(run, done.folder, library="peft" if format == "adapter" else "transformers")
     say(f"{format} written to {done.folder} ({done.num_bytes:,} bytes)")
+    if push_to is not None:
+        say(f"sent to {push(done.folder, push_to)}, which is private")
     agreement = (
         None if done.agreement is None else {"error": done.agreement.error, "tolerance": done.agreement.tolerance}
     )
