@@ -1,0 +1,46 @@
+"""The verbs about trust, before a run and after it: selftest, plan, compare, rows. `tunesmith.api` has them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.recipe import Resolved, load_recipe
+
+if TYPE_CHECKING:
+    from tunesmith.stages.selftest import Check
+
+Say = Callable[[str], None]
+RecipeLike = str | Path | Mapping[str, Any] | Resolved
+SELFTEST_RECIPE = {
+    "stage": "sft",
+    "base": "tunesmith/reviews-1m",
+    "data": {"train": "embedded:instructions/train"},
+}
+"""What `selftest` tries when no recipe is named: the embedded base and data."""
+
+
+def _silent(_: Any) -> None:
+    return None
+
+
+def _resolved(recipe: RecipeLike, overrides: Sequence[str]) -> Resolved:
+    return recipe if isinstance(recipe, Resolved) else load_recipe(recipe, overrides)
+
+
+def selftest(recipe: RecipeLike | None = None, overrides: Sequence[str] = (), *, say: Say = _silent) -> dict[str, Any]:
+    """Try the program's laws on a recipe's own model, data and machine: `{passed, checks: [{name, error, limit}]}`.
+
+    Packed is one by one, accumulated is one batch, merged is unmerged, sampled is trained, fp32 and bf16 are near
+    float64, resumed is undisturbed. Nothing is left behind. Raises what the recipe would raise.
+    """
+    from tunesmith.stages import selftest as trials
+
+    checks = trials.selftest(_resolved(SELFTEST_RECIPE if recipe is None else recipe, overrides), say=say)
+    return {"passed": all(check.passed for check in checks), "checks": [_as_json(check) for check in checks]}
+
+
+def _as_json(check: Check) -> dict[str, Any]:
+    return {**asdict(check), "passed": check.passed}
