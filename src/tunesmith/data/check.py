@@ -77,7 +77,7 @@ class _Side:
         self.exact.append(_digest(whole))
         self.folded.append(_digest(normalised(whole)))
         self.inputs.append(_digest(asked))
-        self.words.append(len(whole.split()))
+        self.words.append(len((asked if isinstance(record, Labelled) else whole).split()))
         if isinstance(record, Labelled):
             names = (record.label,) if isinstance(record.label, str) else record.label
             self.multi_label |= not isinstance(record.label, str)
