@@ -18,6 +18,7 @@ from tests.docs.blocks import ROOT, Block
 from tunesmith.cli import main
 from tunesmith.data.records import read_records
 from tunesmith.recipe import load_recipe
+from tunesmith.recipe_chain import load_chain
 
 NOT_RUN = {
     "python -m venv": "would make an environment inside the test's",
@@ -26,7 +27,9 @@ NOT_RUN = {
     "cd tunesmith": "belongs to git clone",
     "hf download": "needs a network",
     "hf upload": "needs a network and an account",
-    "tunesmith quickstart": "takes minutes; tests/cli runs it shortened",
+    "tunesmith quickstart": "takes minutes; the suite runs it shortened elsewhere",
+    "tunesmith train examples/": "takes minutes; test_docs_examples.py runs every example shortened",
+    "tunesmith rank": "asks a person",
 }
 """Commands that are shown and not run here, each with its reason."""
 
@@ -99,12 +102,20 @@ def _yaml(block: Block, folder: Path) -> None:
     if block.file_name is not None:
         path = folder / block.file_name
         path.write_text(block.text + "\n", encoding="utf-8")
-        load_recipe(path)
+        _load(path, raw)
         return
     stage = next((word for word in block.words if word in STAGES), "sft")
     path = folder / "part.yaml"
     path.write_text(yaml.safe_dump(_completed(raw, stage), sort_keys=False), encoding="utf-8")
-    load_recipe(path)
+    _load(path, raw)
+
+
+def _load(path: Path, raw: Mapping[str, Any]) -> None:
+    """Load a recipe, or a chain of them."""
+    if "stages" in raw:
+        load_chain(path)
+    else:
+        load_recipe(path)
 
 
 def _completed(raw: Mapping[str, Any], stage: str) -> dict[str, Any]:

@@ -24,10 +24,14 @@ def fill(folder: Path) -> None:
     save_tiny(tiny_causal("llama"), folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
     save_tiny(tiny_causal("llama"), folder / "HuggingFaceTB" / "SmolLM2-135M", tokenizer=tiny_tokenizer(chat=False))
     save_tiny(tiny_masked("distilbert"), folder / "distilbert" / "distilbert-base-uncased")
-    _write_jsonl(folder / "rows.jsonl", _sums(1, 21))
-    _write_jsonl(folder / "held_out.jsonl", _sums(31, 8))
-    _write_csv(folder / "reviews.csv", _reviews(1, 25))
-    _write_csv(folder / "held_out.csv", _reviews(90, 8))
+    _write_jsonl(folder / "rows.jsonl", _sums(1, 12))
+    _write_jsonl(folder / "held_out.jsonl", _sums(31, 2))
+    _write_csv(folder / "reviews.csv", _reviews(1, 20))
+    _write_csv(folder / "held_out.csv", _reviews(90, 5))
+    _write_jsonl(folder / "pairs.jsonl", _pairs())
+    _write_jsonl(
+        folder / "prompts.jsonl", ({"prompt": f"What is {n} plus 2?", "answer": str(n + 2)} for n in range(20))
+    )
     _write_jsonl(folder / "general.jsonl", ({"text": f"The {thing} stands by the door."} for thing in _THINGS))
     (folder / "notes").mkdir()
     for number in range(8):
@@ -46,6 +50,12 @@ def _reviews(start: int, count: int) -> Iterable[Mapping[str, str]]:
         thing = _THINGS[number % len(_THINGS)]
         yield {"text": f"The {thing} of year {number} is good, I like it.", "label": "positive"}
         yield {"text": f"The {thing} of year {number} is bad, I want my money back.", "label": "negative"}
+
+
+def _pairs() -> Iterable[Mapping[str, str]]:
+    for thing in _THINGS:
+        better, worse = f"Yes, the {thing} is over there.", "Go away."
+        yield {"prompt": f"Is there a {thing} here?", "chosen": better, "rejected": worse}
 
 
 def _write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
