@@ -55,6 +55,24 @@ def change(before: dict[str, Any], after: dict[str, Any], names: Sequence[str]) 
     return _svg(figure)
 
 
+def reliability(bins: Sequence[dict[str, Any]]) -> bytes | None:
+    """Share of pairs in the right order over how sure the model was; on the line it is as sure as it should be."""
+    usable = [b for b in bins if all(_number(b.get(name)) for name in ("predicted", "observed", "low", "high"))]
+    if not usable:
+        return None
+    figure = Figure(figsize=(4.6, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot([0.5, 1], [0.5, 1], "--", color=GREY, linewidth=1)
+    for entry in usable:
+        axes.plot([entry["predicted"]] * 2, [entry["low"], entry["high"]], color=BLUE, linewidth=2, alpha=0.5)
+    axes.plot([b["predicted"] for b in usable], [b["observed"] for b in usable], "o", color=BLUE, markersize=6)
+    axes.set_xlabel("sure by")
+    axes.set_ylim(0, 1.03)
+    _dress(axes, "share in the right order")
+    return _svg(figure)
+
+
 def points(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
     """(step, value) of every line that has a finite value, at most `MAX_POINTS`: means over equal stretches."""
     found = [(float(r["step"]), float(r[name])) for r in rows if _number(r.get("step")) and _number(r.get(name))]

@@ -23,6 +23,7 @@ from tunesmith.evaluate.report_html import (
     table,
     tag,
 )
+from tunesmith.evaluate.report_preference import preference_section
 from tunesmith.evaluate.run_files import (
     RunFiles,
     as_number,
@@ -61,6 +62,7 @@ def render(run: RunFiles) -> str:
             _before_after(run, "", "Before and after"),
             _by_source(run),
             _before_after(run, "test", "Test set, used once"),
+            preference_section(run.result),
             _curve(run),
             _samples(run),
             _before_after(run, "probe", "Forgetting probe: text outside the task"),
