@@ -12,7 +12,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 quickstart: $(STAMP)
-	@$(PY) examples/quickstart.py
+	@.venv/bin/tunesmith quickstart
 
 test: $(STAMP)
 	$(PY) -m ruff check src tests examples benchmarks evidence

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
         evaluate,
         export,
         finetune,
+        init,
         predict,
+        quickstart,
         resume,
         runs_diff,
         runs_list,
@@ -40,8 +42,8 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "api": (
-        "chat", "check", "evaluate", "export", "finetune", "predict", "resume", "runs_diff", "runs_list", "runs_show",
-        "train",
+        "chat", "check", "evaluate", "export", "finetune", "init", "predict", "quickstart", "resume", "runs_diff",
+        "runs_list", "runs_show", "train",
     ),
     "errors": (
         "DataError", "DiskError", "Interrupted", "ModelError", "NonFiniteError", "RecipeError", "RunError",
@@ -66,8 +68,10 @@ __all__ = [
     "evaluate",
     "export",
     "finetune",
+    "init",
     "load_recipe",
     "predict",
+    "quickstart",
     "resume",
     "runs_diff",
     "runs_list",

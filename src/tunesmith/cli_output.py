@@ -17,11 +17,12 @@ def visible(text: str) -> str:
     return "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns side by side, the first to the left, the others to the right."""
+def table(rows: Sequence[Sequence[str]], *, right: bool = True) -> list[str]:
+    """Columns side by side, the first to the left, the others to the right or, as text, to the left."""
     first, *others = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    side = str.rjust if right else str.ljust
     return [
-        "  ".join([row[0].ljust(first), *(c.rjust(w) for c, w in zip(row[1:], others, strict=True))]).rstrip()
+        "  ".join([row[0].ljust(first), *(side(c, w) for c, w in zip(row[1:], others, strict=True))]).rstrip()
         for row in rows
     ]
 
@@ -61,6 +62,45 @@ def result_lines(result: Mapping[str, Any]) -> list[str]:
     stages = result.get("stages")
     lines += ["", *tree_lines(stages)] if isinstance(stages, Mapping) else []
     return [*lines, "", *result["tree"]] if result.get("tree") else lines
+
+
+def quickstart_lines(result: Mapping[str, Any]) -> list[str]:
+    """The figures that matter to a newcomer, some examples, and what to do next."""
+    held_out = result["test"] if isinstance(result.get("test"), Mapping) else result
+    lines = _beside(held_out) if held_out.get("baselines") else result_lines({**result, **held_out})
+    lines += ["", *_example_lines(result.get("examples") or ())]
+    lines += [f"report  {result['report']}", f"recipe  {result['recipe']}", "", "next:"]
+    return lines + table([[f"  {command}", "# " + why] for command, why in result["next"]], right=False)
+
+
+def _beside(held_out: Mapping[str, Any]) -> list[str]:
+    """Accuracy of the tuned model, of its base and of simple systems, one below the other."""
+    entries = {"the base, with a new head": held_out["before"], "tuned": held_out["after"],
+               "  the difference, row by row": held_out["difference"]}  # fmt: skip
+    rows = [[name, cell_text(metrics["accuracy"])] for name, metrics in {**entries, **held_out["baselines"]}.items()]
+    count = held_out["after"]["accuracy"]["n"]
+    return table([[f"accuracy on {count:,} rows used for nothing else", "with 95 % interval"], *rows], right=False)
+
+
+def _example_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Labels side by side; completions one below the other."""
+    labelled = [row for row in rows if "label" in row]
+    if labelled:
+        head = ["before", "after", "right", "text"]
+        body = [[str(row[key]) for key in ("before", "after", "label", "prompt")] for row in labelled]
+        return [*table([head, *body], right=False), ""]
+    lines: list[str] = []
+    for row in rows[:4]:
+        lines += [f"{title}: {_one_line(row.get(key))}" for title, key in _TITLES if row.get(key)] + [""]
+    return lines
+
+
+_TITLES = (("prompt", "prompt"), ("before", "before"), ("after ", "after"), ("wanted", "reference"))
+
+
+def _one_line(text: Any, width: int = 140) -> str:
+    flat = " ".join(str(text).split())
+    return flat if len(flat) <= width else flat[: width - 1] + "…"
 
 
 def tree_lines(value: Mapping[str, Any], indent: str = "") -> list[str]:

@@ -55,6 +55,11 @@ class PromptSet:
         return sum(map(len, self.ids))
 
     @property
+    def num_targets(self) -> float:
+        """Tokens trained on: none of a prompt's."""
+        return 0.0
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Names of the fields that some row has beside its prompt."""
         return tuple(dict.fromkeys(name for record in self.records for name in record.columns))
