@@ -28,7 +28,7 @@ from tunesmith.recipe_chain import Chain, ChainStage, load_saved
 from tunesmith.rundir import RunDir
 from tunesmith.stages import from_run, running
 from tunesmith.stages.earlier import measure_earlier
-from tunesmith.stages.prepare import base_path, locate, prepare, read_sets
+from tunesmith.stages.prepare import ONLINE, STAGES, base_path, locate, prepare, read_sets
 
 Say = Callable[[str], None]
 Show = Callable[[StepReport], None]
@@ -65,10 +65,9 @@ def check(chain: Chain, *, say: Say) -> dict[str, dict[str, Any]]:
     for stage in chain.stages:
         recipe = stage.resolved.recipe
         try:
-            if stage.rewards:
-                read_sets(recipe, chain.folder)
-            else:
-                prepare(recipe, chain.folder, say=lambda text: None)
+            job, _ = prepare(recipe, chain.folder, say=lambda text: None)
+            if recipe.stage in ONLINE and not stage.rewards:
+                STAGES[recipe.stage].build(job)  # opens the reward; one that a stage here gives is not there yet
         except TunesmithError as error:
             problems.append(f"stage {stage.name}: {error}")
             continue
