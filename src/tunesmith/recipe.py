@@ -117,12 +117,11 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     """
     written = read_written(source)
     problems = apply_overrides(written.values, overrides, written.origins)
-    problems += _unsupported(written.values, written.lines, written.name)
-    if problems:
-        raise several(problems, RecipeError, headline=f"{written.name} cannot be run:")
+    unknown = _unsupported(written.values, written.lines, written.name)
     resolved, found = examine(written)
-    if resolved is None:
-        raise several([text for _, text in found], RecipeError, headline=f"{written.name} cannot be run:")
+    problems += unknown + [text for key, text in found if key != "stage" or not unknown]
+    if problems or resolved is None:
+        raise several(problems, RecipeError, headline=f"{written.name} cannot be run:")
     return resolved
 
 
@@ -193,9 +192,11 @@ def _read_extended(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], 
     target = (path.parent / str(parent)).resolve()
     if not target.is_relative_to(path.resolve().parent):
         raise RecipeError(f"{path}: `extends: {parent}` leaves the recipe's folder; copy that file beside this one")
-    base, _, base_origins = _read_extended(target, (*seen, path.resolve()))
+    base, base_lines, base_origins = _read_extended(target, (*seen, path.resolve()))
     merge(base, raw)
-    return base, lines, {**dict.fromkeys(base_origins, f"extends {parent}"), **origins}
+    shown = path.parent / str(parent)
+    placed = {key: line if isinstance(line, str) else f"{shown}:{line}" for key, line in base_lines.items()}
+    return base, {**placed, **lines}, {**dict.fromkeys(base_origins, f"extends {parent}"), **origins}
 
 
 def merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:
@@ -237,7 +238,9 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], origins: dict
             problems.append(f"`{text}`: {'.'.join(parents)} holds a value, not a section")
             continue
         at[last] = parse_yaml(value, f"override {key}")[0] if value[:1] in "[{\"'" and value else scalar(value)
-        origins[key] = "override"
+        for old in [k for k in origins if k == key or k.startswith(f"{key}.") or key.startswith(f"{k}.")]:
+            del origins[old]
+        origins |= dict.fromkeys(leaves({key: at[last]}), "override")
     return problems
 
 
@@ -256,7 +259,10 @@ def _at(name: str, lines: Lines, key: str, text: str) -> str:
     path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
     while path and path not in lines:
         path = path[:-1]
-    return f"{name}:{lines[path]}: {text}" if path in lines and path else f"{name}: {text}"
+    if path not in lines or not path:
+        return f"{name}: {text}"
+    line = lines[path]
+    return f"{line}: {text}" if isinstance(line, str) else f"{name}:{line}: {text}"
 
 
 def _validate(raw: Mapping[str, Any], lines: Lines, name: str) -> Recipe:
@@ -304,6 +310,8 @@ def _suggest(key: str) -> str:
     """The nearest key of the same section, else the same word in another section."""
     prefix, _, last = key.rpartition(".")
     inside = [k.removeprefix(f"{prefix}.") for k in _all_keys() if k.rpartition(".")[0] == prefix]
+    if prefix.rpartition(".")[0] == "data.mix":
+        inside = list(MixPart.model_fields)
     near = difflib.get_close_matches(last, inside, 1, 0.6)
     if near:
         return f"; did you mean `{near[0]}`?"

@@ -327,7 +327,7 @@ def _unused(written: Written, shared: Mapping[str, Any], used: set[str]) -> list
     return [at_line(written, key, f"`{key}` does nothing in any stage of this chain") for key in idle]
 
 
-def _lines(written: Written, entry: _Entry) -> dict[tuple[str | int, ...], int]:
+def _lines(written: Written, entry: _Entry) -> dict[tuple[str | int, ...], int | str]:
     """The line of every path of the merged stage: its own where it stands in the list, else the shared one."""
     own = {path[2:]: line for path, line in written.lines.items() if path[:2] == ("stages", entry.index)}
     return {**written.lines, **own}

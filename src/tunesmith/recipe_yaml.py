@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,62 +12,106 @@ import yaml
 from tunesmith.errors import RecipeError
 
 Path_ = tuple[str | int, ...]
-Lines = dict[Path_, int]
+Lines = dict[Path_, int | str]
+"""The line of every path; `file:line` where another file says it."""
 
-_INT = re.compile(r"[-+]?(0|[1-9][0-9_]*)$")
-_FLOAT = re.compile(r"[-+]?([0-9][0-9_]*)?\.?[0-9]+([eE][-+]?[0-9]+)?$|[-+]?[0-9][0-9_]*\.([eE][-+]?[0-9]+)?$")
+MAX_NODES = 100_000
+_INT = re.compile(r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)")
+_FLOAT = re.compile(r"[-+]?((0|[1-9][0-9]*(_[0-9]+)*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _CONSTANTS = {"true": True, "True": True, "false": False, "False": False, "null": None, "~": None, "": None}
+_MAX_DIGITS = 300
+_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in (
+    "str", "int", "float", "bool", "null", "seq", "map", "timestamp", "merge", "value"
+)}  # fmt: skip
 
 
 def scalar(text: str) -> Any:
-    """The value of an unquoted word: number, true/false, null, otherwise the text itself."""
+    """The value of an unquoted word: number, true/false, null, otherwise the text itself.
+
+    `1e-4` is a number; `no`, `0123`, `0x10` and `12:30` are text, whatever YAML 1.1 makes of them.
+    """
     if text in _CONSTANTS:
         return _CONSTANTS[text]
-    if _INT.match(text):
+    if len(text) > _MAX_DIGITS:
+        return text
+    if _INT.fullmatch(text):
         return int(text.replace("_", ""))
-    if _FLOAT.match(text):
+    if _FLOAT.fullmatch(text):
         return float(text.replace("_", ""))
     return text
 
 
 def parse_yaml(text: str, name: str) -> tuple[Any, Lines]:
-    """`(value, line of every path)`; `RecipeError` names file and line of a syntax error or a key written twice."""
+    """`(value, line of every path)`; `RecipeError` names file and line of a syntax error or a key written twice.
+
+    Anchors that hold themselves or multiply beyond 100,000 values, and tags, are refused: a recipe needs neither.
+    """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark is not None else name
-        problem = getattr(error, "problem", None) or str(error)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise RecipeError(f"{where}: this is not YAML: {problem}. Check indentation, colons and quotes") from None
-    except ValueError as error:
-        raise RecipeError(f"{name}: this is not YAML: {error}") from None
-    lines: Lines = {}
-    problems: list[str] = []
-    value = _value(node, (), lines, problems, name) if node is not None else None
-    if problems:
-        raise RecipeError("\n".join(problems))
-    return value, lines
+    except (ValueError, RecursionError) as error:
+        problem = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise RecipeError(f"{name}: this is not YAML: {problem}. Check brackets and quotes") from None
+    reading = _Reading(name)
+    value = _value(node, (), reading) if node is not None else None
+    if reading.problems:
+        raise RecipeError("\n".join(reading.problems))
+    return value, reading.lines
 
 
-def _value(node: yaml.Node, path: Path_, lines: Lines, problems: list[str], name: str) -> Any:
-    lines[path] = node.start_mark.line + 1
+@dataclass(slots=True)
+class _Reading:
+    """What is gathered on the way through a document. `inside` are the collections around a node."""
+
+    name: str
+    lines: Lines = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    inside: list[yaml.Node] = field(default_factory=list)
+    num_nodes: int = 0
+
+
+def _value(node: yaml.Node, path: Path_, reading: _Reading) -> Any:
+    line = node.start_mark.line + 1
+    reading.lines[path] = line
+    reading.num_nodes += 1
+    if reading.num_nodes > MAX_NODES or node in reading.inside or len(reading.inside) > 50:
+        raise RecipeError(f"{reading.name}:{line}: too large, too deep, or an anchor that repeats itself; write it out")
+    if node.tag not in _TAGS:
+        reading.problems.append(
+            f"{reading.name}:{line}: the tag `{node.tag[:60]}` means nothing in a recipe; leave it out"
+        )
     if isinstance(node, yaml.ScalarNode):
         return scalar(node.value) if node.style is None else node.value
+    reading.inside.append(node)
     if isinstance(node, yaml.SequenceNode):
-        return [_value(item, (*path, i), lines, problems, name) for i, item in enumerate(node.value)]
-    assert isinstance(node, yaml.MappingNode)
+        value: Any = [_value(item, (*path, i), reading) for i, item in enumerate(node.value)]
+    else:
+        assert isinstance(node, yaml.MappingNode)
+        value = _mapping(node, path, reading)
+    reading.inside.pop()
+    return value
+
+
+def _mapping(node: yaml.MappingNode, path: Path_, reading: _Reading) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
-            problems.append(f"{name}:{line}: a key must be a plain word")
+            reading.problems.append(f"{reading.name}:{line}: a key must be a plain word")
             continue
         key = key_node.value
         if key in result:
-            problems.append(f"{name}:{line}: `{key}` is written twice (first in line {lines[(*path, key)]}); keep one")
+            first = reading.lines[(*path, key)]
+            reading.problems.append(
+                f"{reading.name}:{line}: `{key}` is written twice (first in line {first}); keep one"
+            )
             continue
-        result[key] = _value(value_node, (*path, key), lines, problems, name)
-        lines[(*path, key)] = line
+        result[key] = _value(value_node, (*path, key), reading)
+        reading.lines[(*path, key)] = line
     return result
 
 

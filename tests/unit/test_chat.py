@@ -119,12 +119,13 @@ def _count_wrong(name: str, talk: list[Message], ids: list[int], trained: list[b
     return sum(mine != theirs for mine, theirs in zip(flags, wanted, strict=True))
 
 
+@pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.evidence)])
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_answers_and_end_tokens_are_trained_on_and_nothing_else(name):
+def test_answers_and_end_tokens_are_trained_on_and_nothing_else(name, count):
     template, special, *_ = TEMPLATES[name]
     tokenizer, rng = _tokenizer(template, special), random.Random(5)
     marks = marks_of(tokenizer)
-    for _ in range(60):
+    for _ in range(count):
         talk = _talk(rng)
         rendered = render(talk, tokenizer, marks=marks)
         assert _count_wrong(name, talk, rendered.ids, rendered.trained, tokenizer) == 0
