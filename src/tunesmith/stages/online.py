@@ -135,15 +135,14 @@ def _shown(played: Played, collector: Collector) -> GenerationResult:
 
 
 def watcher(say: Callable[[str], None], max_tokens: int) -> Callable[[Mapping[str, float]], None]:
-    """Warnings in words with the metric that shows them; each is said when it begins, not in every round."""
-    active: set[str] = set()
+    """Warnings in words with the metric that shows them; each is said once, when it begins."""
+    told: set[str] = set()
 
     def notice(metrics: Mapping[str, float]) -> None:
         found = warnings_of(metrics, max_tokens)
-        for name in found.keys() - active:
+        for name in [name for name in found if name not in told]:
             say(f"warning: {found[name]}")
-        active.clear()
-        active.update(found)
+            told.add(name)
 
     return notice
 
