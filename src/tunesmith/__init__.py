@@ -20,11 +20,14 @@ if TYPE_CHECKING:
         init,
         predict,
         quickstart,
+        rank,
         resume,
         runs_diff,
         runs_list,
         runs_show,
+        sample,
         train,
+        winrate,
     )
     from tunesmith.errors import (
         DataError,
@@ -42,8 +45,8 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "api": (
-        "chat", "check", "evaluate", "export", "finetune", "init", "predict", "quickstart", "resume", "runs_diff",
-        "runs_list", "runs_show", "train",
+        "chat", "check", "evaluate", "export", "finetune", "init", "predict", "quickstart", "rank", "resume",
+        "runs_diff", "runs_list", "runs_show", "sample", "train", "winrate",
     ),
     "errors": (
         "DataError", "DiskError", "Interrupted", "ModelError", "NonFiniteError", "RecipeError", "RunError",
@@ -72,11 +75,14 @@ __all__ = [
     "load_recipe",
     "predict",
     "quickstart",
+    "rank",
     "resume",
     "runs_diff",
     "runs_list",
     "runs_show",
+    "sample",
     "train",
+    "winrate",
 ]
 
 # A package is put into its parent's names when it is first loaded. Loaded here (they are empty), these two cannot

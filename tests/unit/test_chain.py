@@ -398,8 +398,8 @@ def test_a_judge_that_was_the_reward_is_named_as_such(aligned):
     assert second["notes"] == []
 
 
-def test_a_changed_reward_model_reruns_the_policy(aligned):
-    folder, _ = aligned
+@pytest.mark.usefixtures("aligned")
+def test_a_changed_reward_model_reruns_the_policy():
     policy = stage("ppo", "prompts", sampling={"max_tokens": 4}, ppo={"rollouts": 8, "minibatches": 1})
     recipe = chain(stage("sft", "pairs"), stage("reward", "preferences"), policy)
     assert api.train(recipe)["cached"] == ["1-sft", "2-reward", "3-ppo"]
