@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.tiny import tiny_causal, tiny_tokenizer
+from tests.tiny import tiny_causal, tiny_classifier, tiny_tokenizer
 
 from tunesmith.batch import Sample
 from tunesmith.data.batches import collate
@@ -56,7 +56,7 @@ def policy(**options: Any) -> LanguageModel:
 
 def source(model: LanguageModel, folder: Path | None = None, method: Any = None, **settings: Any) -> OnlineSource:
     reward = Reward((Part("letters", rules.matches("[a-e]")),))
-    collector = Collector(Sampler(model, tiny_tokenizer()), reward, Sampling(max_tokens=6))
+    collector = Collector(Sampler(model, tiny_tokenizer()), reward, Sampling(max_tokens=6, stop=("e", "o")))
     log = None if folder is None else MetricsLog(folder / "rollouts.jsonl")
     made = GroupMethod(GRPO, 6) if method is None else method
     return OnlineSource(
@@ -228,9 +228,7 @@ def test_entropy_and_its_gradient_are_those_of_the_plain_formula():
 
 
 def test_a_critic_values_every_state_whatever_stands_beside_it():
-    from transformers import AutoModelForSequenceClassification
-
-    backbone = AutoModelForSequenceClassification.from_config(tiny_causal("llama").config, num_labels=1).eval()
+    backbone = tiny_classifier("llama", labels=1)
     critic = Critic(backbone)
     rows = [np.array([7, 8, 9, 10], np.int32), np.array([20, 21], np.int32)]
     together = critic(collate([Sample(r, np.zeros(len(r), np.float32)) for r in rows]))
@@ -266,7 +264,7 @@ def test_text_is_weighed_as_the_coefficient_says():
     assert len(texts) == 3 and {t.origin for t in texts} == {"t:3", "t:4", "t:5"}
     assert all(set(t.columns) == {"old", "ptx"} for t in texts)
     assert sum(float(t.columns["ptx"].sum()) for t in texts) == pytest.approx(0.5 * 8)
-    assert [t.origin for t in mix(2, rollouts)] != [t.origin for t in texts] or mix(3, rollouts) != texts
+    assert len({tuple(t.origin for t in mix(step, rollouts)) for step in range(1, 9)}) > 1  # each pass in its order
     assert all(np.array_equal(a.columns["ptx"], b.columns["ptx"]) for a, b in zip(mix(1, rollouts), texts, strict=True))
 
 

@@ -40,6 +40,8 @@ class Inputs:
     probe: SampleStore | None = None
     label_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    bad_rows: tuple[Mapping[str, str], ...] = ()
+    """Rows left out under `data.on_bad_row: skip`: which set, where, what is wrong, how to mend it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,7 @@ def fit_spec(recipe: Recipe, num_steps: int, device: str) -> FitSpec:
         schedule=train.schedule,
         warmup_steps=warmup,
         clip_norm=train.clip_norm,
+        rate_ratios=_rate_ratios(recipe),
     )
     return FitSpec(
         seed=recipe.seed,
@@ -151,6 +154,12 @@ def fit_spec(recipe: Recipe, num_steps: int, device: str) -> FitSpec:
         patience=train.early_stopping.patience if train.early_stopping else None,
         device=device,
     )
+
+
+def _rate_ratios(recipe: Recipe) -> tuple[tuple[str, float], ...]:
+    """A critic's own learning rate, as a multiple of the policy's."""
+    own = recipe.ppo.critic_learning_rate if recipe.ppo is not None else None
+    return () if own is None or recipe.train.learning_rate is None else (("critic.", own / recipe.train.learning_rate),)
 
 
 def trainable_spec(recipe: Recipe, folder: Path) -> TrainableSpec:
