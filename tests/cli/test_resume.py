@@ -7,8 +7,9 @@ import json
 import shutil
 
 import pytest
+import yaml
 from safetensors.numpy import load_file, save_file
-from tests.cli.conftest import texts
+from tests.cli.conftest import answered, recipe_for, texts, write_rows
 from tests.cli.test_exit import comparable, same_run
 
 from tunesmith import api
@@ -39,10 +40,8 @@ def gz_texts(work):
 
 
 SETTINGS = {
-    "in the first epoch": ("sft", {}, {"epochs": 3, "save_every": 1}, 2),
-    "in a later epoch": ("sft", {}, {"epochs": 3, "save_every": 2}, 8),
-    "at the end of an epoch": ("mlm", {}, {"epochs": 3}, 3),
-    "before the first checkpoint but 0": ("classify", {}, {"epochs": 2}, 2),
+    "in a later epoch": ("sft", {}, {"epochs": 2, "save_every": 2}, 5),
+    "from the very beginning": ("mlm", {}, {"epochs": 2}, 2),
     "split rows of a gzip file": (
         "pretrain",
         {"train": "long.jsonl.gz", "on_too_long": "split", "max_length": 64},
@@ -55,7 +54,7 @@ SETTINGS = {
         {"epochs": 4, "eval_every": 2, "save_every": 1, "micro_batch_tokens": 40, "select_by": "loss", "keep": 1},
         7,
     ),
-    "in bfloat16": ("sft", {}, {"epochs": 2, "save_every": 1}, 2),
+    "in the first epoch, in bfloat16": ("sft", {}, {"epochs": 2, "save_every": 1}, 2),
 }
 
 
@@ -83,13 +82,11 @@ def test_resumed_twice(write, work):
     same_run(work / "runs/whole", work / "runs/cut")
 
 
-def test_the_base_is_measured_once(write, work, monkeypatch):
-    recipe = write("sft", train={"epochs": 2, "save_every": 1})
-    start_and_cut(recipe, "cut", 3)
-    kept = (work / "runs/cut/before.json").read_bytes()
+def test_the_base_is_measured_once(cut):
+    kept = (cut / "runs/cut/before.json").read_bytes()
     said = []
     api.resume("cut", say=said.append)
-    assert (work / "runs/cut/before.json").read_bytes() == kept
+    assert (cut / "runs/cut/before.json").read_bytes() == kept
     assert not any(line.startswith("before:") for line in said)
 
 
@@ -181,17 +178,35 @@ CHANGES = {
     "precision": edit_recipe("precision: float32", "precision: bfloat16"),
     "data.max_length": edit_recipe("data:\n", "data:\n  max_length: 200\n"),
     "train.optimizer": edit_recipe("optimizer: adamw", "optimizer: sgd"),
-    "train.schedule": edit_recipe("schedule: linear", "schedule: cosine"),
-    "train.weight_decay": edit_recipe("weight_decay: 0.0", "weight_decay: 0.1"),
     "tune.alpha": edit_recipe("alpha:", "alpha: 9.0 #"),
 }
 
 
+@pytest.fixture(scope="module")
+def cut_once(bases, tmp_path_factory):
+    """The run `cut`, made once: its folder is copied for each test."""
+    folder = tmp_path_factory.mktemp("cut")
+    (folder / "llama").symlink_to(bases / "llama")
+    write_rows(folder / "pairs.jsonl", answered(24))
+    write_rows(folder / "pairs-eval.jsonl", answered(8, 100))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_for("sft", train={"epochs": 2, "save_every": 1})))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("TUNESMITH_CACHE", str(folder / "cache"))
+        start_and_cut("recipe.yaml", "cut", 3)
+    return folder
+
+
 @pytest.fixture
-def cut(write, work):
-    recipe = write("sft", train={"epochs": 2, "save_every": 1})
-    start_and_cut(recipe, "cut", 3)
+def cut(cut_once, work):
+    shutil.copytree(cut_once / "runs", work / "runs")
+    path = work / "runs/cut/inputs.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"recipe_folder": str(work)}))
     return work
+
+
+def test_a_run_whose_project_has_moved_goes_on(cut, run):
+    assert run("train", "--resume", "cut").code == 0
 
 
 @pytest.mark.parametrize("field", CHANGES)
@@ -205,17 +220,17 @@ def test_changed_inputs_are_refused_by_name(field, cut, run):
     assert sorted((cut / "runs/cut/checkpoints").iterdir()) == saved
 
 
-def test_a_damaged_checkpoint_is_passed_over_aloud(write, work, run):
-    recipe = write("sft", train={"epochs": 3, "save_every": 1, "keep": 3})
-    whole = api.train(recipe, run="whole")
-    start_and_cut(recipe, "cut", 5)
-    newest = max((work / "runs/cut/checkpoints").glob("step_*"))
+def test_a_damaged_checkpoint_is_passed_over_aloud(cut, run):
+    whole = cut / "runs" / "whole"
+    shutil.copytree(cut / "runs/cut", whole)
+    newest = max((cut / "runs/cut/checkpoints").glob("step_*"))
     data = bytearray((newest / "tensors.safetensors").read_bytes())
     data[-1] ^= 1
     (newest / "tensors.safetensors").write_bytes(data)
     done = run("train", "--resume", "cut", "--json")
     assert done.code == 0 and "damaged" in done.err and newest.name in done.err
-    assert comparable(done.json) == comparable(whole)
+    assert comparable(done.json) == comparable(api.resume("whole"))
+    same_run(cut / "runs/cut", whole)
 
 
 def test_a_planted_pickle_beside_a_checkpoint_is_never_opened(cut, run):

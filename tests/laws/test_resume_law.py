@@ -49,12 +49,12 @@ class Rows:
 
 
 def train(folder: Path, *, die_after: int = 0) -> str:
-    """One process's life: from the newest checkpoint in `folder` to step 14, or to its death."""
+    """One process's life: from the newest checkpoint in `folder` to step 8, or to its death."""
     torch.manual_seed(int(die_after))  # a new process has another random state
-    backbone = tiny_causal("llama", seed=1)
+    backbone = tiny_causal("llama", seed=1, layers=1)
     make_trainable(backbone, TrainableSpec("lora", rank=4, dropout=0.3, targets="all-linear"))
     model = LanguageModel(backbone)
-    source = OfflineSource(Rows(), seed=5, num_steps=14, batch_examples=4, micro_batch_tokens=40)
+    source = OfflineSource(Rows(), seed=5, num_steps=8, batch_examples=4, micro_batch_tokens=40)
     state = TrainState(0, model, build_optimizer(model, OPTIM), source, identity={"data": "rows"})
     logs = [MetricsLog(folder / f"{name}.jsonl") for name in ("metrics", "evaluations", "timings")]
     files = fit.Files(*logs, checkpoints=folder / "checkpoints")
@@ -77,7 +77,7 @@ def cut(folder: Path, *steps: int) -> str:
     return train(folder)
 
 
-@pytest.mark.parametrize("steps", [(1,), (3,), (5,), (8,), (13,), (4, 9)], ids=str)
+@pytest.mark.parametrize("steps", [(1,), (5,), (3, 7)], ids=str)
 def test_resumed_equals_undisturbed(steps, tmp_path):
     assert cut(tmp_path / "cut", *steps) == train(tmp_path / "whole")
 

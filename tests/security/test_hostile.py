@@ -179,9 +179,14 @@ def answers(bases, tmp_path_factory):
         recipe["data"].pop("eval")
         (work / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
     (work / "cases.json").write_text(json.dumps(names))
-    environment = {**os.environ, "TUNESMITH_CACHE": str(work / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "TUNESMITH_CACHE": str(work / "cache"),
+        "MPLCONFIGDIR": str(work / "mpl"),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
-        [sys.executable, "-c", WATCHER, str(work)],
+        [sys.executable, "-B", "-c", WATCHER, str(work)],
         cwd=work,
         env=environment,
         capture_output=True,

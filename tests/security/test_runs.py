@@ -14,6 +14,8 @@ import pytest
 import yaml
 from tests.cli.conftest import recipe_for, write_rows
 
+import tunesmith
+
 PAYLOADS = (
     "<script>alert(1)</script>",
     "<img src=x onerror=alert(1)>",
@@ -45,20 +47,29 @@ def hostile_rows(count: int, start: int):
         yield {"text": f"{i} {word} {CONTROLS if i % 3 == 0 else ''} row", "label": ("<b>no</b>", "y\x1b[2Jes")[i % 2]}
 
 
-@pytest.fixture
-def hostile(work, run):
+def put_hostile(work):
     write_rows(work / "rows<i>.jsonl", list(hostile_rows(24, 0)))
     write_rows(work / "eval&.jsonl", list(hostile_rows(8, 100)))
     recipe = recipe_for("classify", evaluate={"sentences": [*PAYLOADS, CONTROLS]})
     recipe["data"] = {"train": "rows<i>.jsonl", "eval": "eval&.jsonl"}
     (work / "hostile.yaml").write_text(yaml.safe_dump(recipe))
-    done = run("train", "hostile.yaml", "--run", "hostile")
-    assert done.code == 0, done.err
-    return done
 
 
-def test_text_from_data_never_becomes_an_element_of_the_page(hostile, work):
-    page = (work / "runs/hostile/report.html").read_text()
+@pytest.fixture(scope="module")
+def hostile(bases, tmp_path_factory):
+    """The folder of a finished run made of such text."""
+    work = tmp_path_factory.mktemp("hostile")
+    (work / "bert").symlink_to(bases / "bert")
+    put_hostile(work)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        patch.setenv("TUNESMITH_CACHE", str(work / "cache"))
+        tunesmith.train("hostile.yaml", run="hostile")
+    return work / "runs" / "hostile"
+
+
+def test_text_from_data_never_becomes_an_element_of_the_page(hostile):
+    page = (hostile / "report.html").read_text()
     parser = Elements()
     parser.feed(page)
     assert any("alert(1)" in sample for sample in re.findall(r">([^<]*alert[^<]*)<", page)), "the text itself is shown"
@@ -75,15 +86,20 @@ def test_text_from_data_never_becomes_an_element_of_the_page(hostile, work):
     assert "default-src 'none'" in csp and "script" not in csp.replace("script-src 'none'", "")
 
 
-def test_text_from_data_is_no_markup_in_the_card(hostile, work):
-    card = (work / "runs/hostile/model_card.md").read_text()
+def test_text_from_data_is_no_markup_in_the_card(hostile):
+    card = (hostile / "model_card.md").read_text()
     assert not re.search(r"(?<!\\)<\w", card) and not re.search(r"(?<!\\)\]\(", card)
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", card)
 
 
-def test_nothing_of_the_data_steers_the_terminal(hostile, work, run):
-    shown = [hostile, run("check", "rows<i>.jsonl"), run("check", "hostile.yaml"), run("predict", "hostile", CONTROLS),
-             run("eval", "hostile", "--data", "eval&.jsonl"), run("runs", "show", "hostile")]  # fmt: skip
+def test_nothing_of_the_data_steers_the_terminal(work, run):
+    put_hostile(work)
+    commands = (
+        ["train", "hostile.yaml", "--run", "hostile"], ["check", "rows<i>.jsonl"], ["check", "hostile.yaml"],
+        ["predict", "hostile", CONTROLS], ["eval", "hostile", "--data", "eval&.jsonl", "--json"],
+        ["runs", "show", "hostile"],
+    )  # fmt: skip
+    shown = [run(*command) for command in commands]
     for done in shown:
         assert done.code == 0, done.err
         for text in (done.out, done.err):

@@ -14,8 +14,8 @@ from tunesmith.data.store import build_store
 from tunesmith.data.templates import get_template
 from tunesmith.errors import DataError, ModelError, RecipeError, RunError
 from tunesmith.export.merge import export_run
-from tunesmith.export.verify import probe_ids
 from tunesmith.export.publish import push, write_readme
+from tunesmith.export.verify import probe_ids
 from tunesmith.model.load import base_record, load_config, load_tokenizer
 from tunesmith.model.score import ScoreModel
 from tunesmith.model.trainable import Trainable
