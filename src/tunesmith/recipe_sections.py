@@ -177,6 +177,8 @@ class EvaluateSpec(Section):
     """Complete held-out prompts and compare with the answers: exact match, ROUGE-L, BLEU, share that end."""
     probe: str | None = None
     """Text outside the task on which forgetting is measured; a built-in one when not set."""
+    reward: str | None = None
+    """A finished run of stage reward that scores the completions, as the metric `reward`; `train.select_by` can use it."""
     sentences: list[str] = Field(default_factory=list)
     """Texts of yours that are classified before and after."""
 
@@ -189,7 +191,8 @@ class LengthSpec(Section):
 
 
 class RewardSpec(Section):
-    """What a completion earns (stages ppo and grpo). Every key but `weights` and `clip` is one part of the reward.
+    """What a completion earns: what ppo and grpo learn from, and what sft and dpo may be selected by. Every key but
+    `weights` and `clip` is one part of the reward.
 
     The reward is the sum of the parts, each times its weight (1 unless `weights` names it), then clipped to
     [-clip, clip]. Parts are called by their key; a function by its own name.
@@ -248,6 +251,9 @@ class SamplingSpec(Section):
     """Texts that end a completion."""
     num_per_prompt: Positive | None = None
     """Completions of each prompt."""
+    continue_prompt: bool = False
+    """Completions go on where the prompt's text ends, without chat template or line end: for a base that only
+    continues text."""
 
 
 class DpoSpec(Section):

@@ -322,3 +322,16 @@ def test_prompts_are_refused_cut_or_dropped():
         encode("error")
     assert [len(ids) for ids in encode("truncate_left").ids][1:] == [40, 40]
     assert len(encode("drop")) == 1 and encode("drop").tally["dropped_too_long"] == 2
+
+
+def test_a_prompt_to_go_on_with_is_the_bare_text():
+    records = [Prompt((Message("user", "the cat"),), origin="p.jsonl:1")]
+
+    def ids(raw: bool) -> list[int]:
+        tokenizer = tiny_tokenizer()
+        made = encode_prompts(
+            records, tokenizer, max_tokens=40, room="", on_too_long="error", fingerprint="", raw=raw
+        )  # fmt: skip
+        return list(made.ids[0])
+
+    assert ids(True) == tiny_tokenizer()("the cat")["input_ids"] != ids(False)

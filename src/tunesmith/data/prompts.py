@@ -66,9 +66,16 @@ class PromptSet:
 
 
 def encode_prompts(
-    records: Iterable[Any], tokenizer: Any, *, max_tokens: int, room: str, on_too_long: str, fingerprint: str
+    records: Iterable[Any],
+    tokenizer: Any,
+    *,
+    max_tokens: int,
+    room: str,
+    on_too_long: str,
+    fingerprint: str,
+    raw: bool = False,
 ) -> PromptSet:
-    """The prompts of `records`, each as it stands before an answer at inference.
+    """The prompts of `records`, each as it stands before an answer at inference; `raw` as the bare text to go on with.
 
     A prompt of more than `max_tokens` tokens is a `DataError` that names `file:line` (`room` says where the limit
     comes from), or loses its beginning (`truncate_left`), its end (`truncate_right`) or its place (`drop`).
@@ -77,7 +84,7 @@ def encode_prompts(
     too_long: list[str] = []
     tally = Counter[str]()
     for record in records:
-        ids = tuple(prompt_ids(record.messages, tokenizer, plain=record.plain))
+        ids = tuple(prompt_ids(record.messages, tokenizer, plain=record.plain, raw=raw))
         if not ids:
             raise DataError(f"{record.origin}: no token is left of this prompt")
         if len(ids) > max_tokens:
@@ -91,7 +98,7 @@ def encode_prompts(
         kept.append((record, ids))
     if too_long:
         raise DataError(_refused(too_long, max_tokens, room))
-    parts = [fingerprint, tokenizer_hash(tokenizer), max_tokens, on_too_long]
+    parts = [fingerprint, tokenizer_hash(tokenizer), max_tokens, on_too_long, raw]
     name = sha256(json.dumps(parts).encode()).hexdigest()[:32]
     return PromptSet(tuple(r for r, _ in kept), tuple(i for _, i in kept), name, dict(tally))
 

@@ -131,7 +131,24 @@ def make_inputs(recipe: Recipe, sets: Sets, tokenizer: Any, context_tokens: int 
         *findings,
         *(f"{name}: {text}" for name, s in stores.items() if s is not None for text in tally(s)),
     )
-    return Inputs(train, stores["held-out"], stores["test"], probe(recipe, tokenizer, context_tokens), labels, notes)
+    return Inputs(
+        train,
+        stores["held-out"],
+        stores["test"],
+        probe(recipe, tokenizer, context_tokens),
+        labels,
+        notes,
+        bad_rows(sets),
+    )
+
+
+def bad_rows(sets: Sets) -> tuple[dict[str, str], ...]:
+    """The rows passed over (the first 1,000 of each data set), once each although parts of a split share their file."""
+    found: dict[str, dict[str, str]] = {}
+    for name, records in (("training", sets.train), ("held-out", sets.eval), ("test", sets.test)):
+        for row in () if records is None else records.bad_rows:
+            found.setdefault(row.origin, {"set": name, **row.as_dict()})
+    return tuple(found.values())
 
 
 def left_out(sets: Sets) -> list[str]:
@@ -139,7 +156,7 @@ def left_out(sets: Sets) -> list[str]:
     found = []
     for name, records in (("training", sets.train), ("held-out", sets.eval), ("test", sets.test)):
         if records is not None and records.num_bad:
-            first = [str(row.origin) for row in getattr(records, "bad_rows", ())[:5]]
+            first = [str(row.origin) for row in records.bad_rows[:5]]
             where = f" ({', '.join(first)}{', ...' if records.num_bad > len(first) else ''})" if first else ""
             found.append(f"warning: {records.num_bad:,} bad {name} rows left out{where}")
     return found
@@ -214,7 +231,7 @@ def _prompts(records: Records, encoder: Encoder, recipe: Recipe, context_tokens:
                           "which leaves no room for a prompt; lower it")  # fmt: skip
     return encode_prompts(
         records, encoder.tokenizer, max_tokens=longest, room=room, on_too_long=recipe.data.on_too_long,
-        fingerprint=records.fingerprint,
+        fingerprint=records.fingerprint, raw=recipe.sampling.continue_prompt,
     )  # fmt: skip
 
 

@@ -198,7 +198,8 @@ def _answers(
 
 def encode_prompt(tuned: Tuned, prompt: str) -> list[int]:
     """The prompt as training saw prompts: through the run's template, the chat template, or as it stands."""
-    if tuned.recipe.stage == "pretrain":
+    sampling = tuned.recipe.sampling
+    if tuned.recipe.stage == "pretrain" or (sampling is not None and sampling.continue_prompt):
         return prompt_ids(prompt, tuned.tokenizer, raw=True)
     if tuned.template is not None:
         template = get_template(tuned.template)
