@@ -22,6 +22,7 @@ LAYOUT = {
     "origins": "origins.json",
     "environment": "environment.json",
     "inputs": "inputs.json",
+    "bad_rows": "bad_rows.jsonl",
     "trainable": "trainable.json",
     "metrics": "metrics.jsonl",
     "evaluations": "evaluations.jsonl",
@@ -79,20 +80,30 @@ class RunDir:
 
     def lock(self) -> RunDir:
         """Become the one writer; `RunError` names who writes here already. The lock ends with the process."""
-        self._lock = os.open(self.file("lock"), os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            owner = os.read(self._lock, 500).decode(errors="replace").strip() or "another process"
-            os.close(self._lock)
-            self._lock = -1
-            raise RunError(
-                f"{self.path} is being written by {owner}; wait for it, or give this run another name"
-            ) from None
+        self._lock = self._locked_file()
         os.ftruncate(self._lock, 0)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()} since {started}\n".encode(), 0)
         return self
+
+    def _locked_file(self) -> int:
+        """The lock file, open and locked; another one when the file it was is no longer in the folder."""
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)  # a start that was refused may just have removed it
+            descriptor = os.open(self.file("lock"), os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(descriptor), os.stat(self.file("lock"))):
+                    return descriptor
+            except BlockingIOError:
+                owner = _owner(descriptor)
+                os.close(descriptor)
+                raise RunError(
+                    f"{self.path} is being written by {owner}; wait for it, or give this run another name"
+                ) from None
+            except FileNotFoundError:
+                pass
+            os.close(descriptor)
 
     def unlock(self) -> None:
         """Let others write."""
@@ -119,6 +130,15 @@ class RunDir:
         return self.file("result").is_file()
 
 
+def _owner(descriptor: int) -> str:
+    """Who holds the lock, from the lock file; waits a moment for an owner that has not written its name yet."""
+    for _ in range(20):
+        if name := os.pread(descriptor, 500, 0).decode(errors="replace").strip():
+            return name
+        time.sleep(0.01)
+    return "another process"
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write beside, fsync, rename."""
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
@@ -136,10 +156,10 @@ def write_whole(path: Path, text: str) -> None:
 def create_run(name: str | None, *, stage: str, root: Path | str = "runs") -> RunDir:
     """A new run folder under `root`, or at `name` when that is a path. `RunError` when it already holds a run."""
     path = _place(name, root) if name else _fresh(Path(root), stage)
-    if path.exists() and not path.is_dir():
-        raise RunError(f"{path} is a file; name a folder for the run")
-    refuse_taken(path)
     try:
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path} is a file; name a folder for the run")
+        refuse_taken(path)
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".writable"
         probe.write_bytes(b"")
