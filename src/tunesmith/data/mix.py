@@ -11,6 +11,7 @@ import numpy as np
 
 from tunesmith.data.kinds import Record
 from tunesmith.data.records import RecordSet
+from tunesmith.data.rows import BadRow
 from tunesmith.data.split import Subset
 from tunesmith.data.templates import Template
 from tunesmith.errors import DataError
@@ -53,6 +54,11 @@ class Mixed:
     def num_bad(self) -> int:
         """Rows left out, over all sets."""
         return sum(part.num_bad for part in self.parts)
+
+    @property
+    def bad_rows(self) -> tuple[BadRow, ...]:
+        """The first of them in each set, with their places."""
+        return tuple(row for part in self.parts for row in part.bad_rows)
 
     @property
     def fingerprint(self) -> str:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from tunesmith.data.kinds import Labelled, Record, full_text, input_text, normalised
 from tunesmith.data.records import RecordSet
-from tunesmith.data.rows import Row
+from tunesmith.data.rows import BadRow, Row
 from tunesmith.data.templates import Template
 from tunesmith.errors import DataError
 
@@ -66,6 +66,11 @@ class Subset:
     def num_bad(self) -> int:
         """Rows left out of the whole set."""
         return self._records.num_bad
+
+    @property
+    def bad_rows(self) -> tuple[BadRow, ...]:
+        """The first of them, with their places."""
+        return self._records.bad_rows
 
     @property
     def fingerprint(self) -> str:
