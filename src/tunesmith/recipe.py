@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from tunesmith.errors import RecipeError, several
-from tunesmith.recipe_rules import DEFAULTS, OWN_SECTIONS, check_together, does_nothing, method_defaults
+from tunesmith.recipe_rules import DEFAULTS, OWN_SECTIONS, SCORED, check_together, does_nothing, method_defaults
 from tunesmith.recipe_sections import (
     DataSpec,
     DpoSpec,
@@ -326,7 +326,11 @@ def _fill(
     raw: Mapping[str, Any], recipe: Recipe, origins: dict[str, str], warnings: list[str], folder: Path
 ) -> Resolved:
     """Put in what depends on stage and method, and say where every value came from."""
-    opened: dict[str, Any] = {name: {} for name in OWN_SECTIONS if not does_nothing(name, recipe.stage)}
+    opened: dict[str, Any] = {
+        name: {}
+        for name in OWN_SECTIONS
+        if not does_nothing(name, recipe.stage) and not (name == "reward" and recipe.stage in SCORED)
+    }
     written = {name: value for name, value in recipe.model_dump().items() if value is not None}
     values = Recipe.model_validate({**opened, **written}).model_dump()
     given = set(leaves(raw))

@@ -75,8 +75,9 @@ _DEFAULTS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
 def alignment_problems(values: Mapping[str, Any]) -> Problems:
     """(key, text) for keys of the stage's own sections that contradict each other or would do nothing."""
     stage = values["stage"]
-    if stage == "dpo":
-        return _dpo_problems(values["dpo"] or {})
+    if stage in ("sft", "dpo"):
+        own = _dpo_problems(values["dpo"] or {}) if stage == "dpo" else []
+        return own + ([] if values["reward"] is None else _reward_problems(values["reward"], stage))
     if stage in ("ppo", "grpo"):
         own = _ppo_problems(values) if stage == "ppo" else _grpo_problems(values)
         if values["tune"]["dropout"]:

@@ -43,6 +43,8 @@ METHOD_KEYS = {
 }
 _ASKED = {"sft", "reward", "dpo", "ppo", "grpo"}
 _ONLINE = {"ppo", "grpo"}
+SCORED = {"sft", "dpo"}
+"""Stages that may be selected by the reward of their completions, and do without one otherwise."""
 _STAGE_KEYS = {
     "data.template": _ASKED,
     "data.train_on_prompt": {"sft"},
@@ -54,7 +56,7 @@ _STAGE_KEYS = {
     "evaluate.sentences": {"classify"},
     "reward_model": {"reward"},
     "dpo": {"dpo"},
-    "reward": _ONLINE,
+    "reward": _ONLINE | SCORED,
     "sampling": _ONLINE,
     "ppo": {"ppo"},
     "grpo": {"grpo"},
@@ -158,10 +160,9 @@ def _contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         problems.append(("tune.method", "method head trains a new output head, which only classify and reward have; "
                          "take last_layers for a language model"))  # fmt: skip
     select = train["select_by"]
-    if select is not None and select not in METRICS[stage]:
-        problems.append(
-            ("train.select_by", f"`{select}` is not measured in stage {stage}; take {', '.join(METRICS[stage])}")
-        )
+    measured = METRICS[stage] + (("reward",) if stage in SCORED and values["reward"] else ())
+    if select is not None and select not in measured:
+        problems.append(("train.select_by", f"`{select}` is not measured in stage {stage}; take {', '.join(measured)}"))
     if (select is not None or train["early_stopping"]) and not _has_eval(data):
         problems.append(
             ("train.select_by", "choosing a checkpoint needs held-out rows: add `data.eval` or `data.split`")

@@ -177,8 +177,6 @@ class EvaluateSpec(Section):
     """Complete held-out prompts and compare with the answers: exact match, ROUGE-L, BLEU, share that end."""
     probe: str | None = None
     """Text outside the task on which forgetting is measured; a built-in one when not set."""
-    reward: str | None = None
-    """A finished run of stage reward that scores the completions, as the metric `reward`; `train.select_by` can use it."""
     sentences: list[str] = Field(default_factory=list)
     """Texts of yours that are classified before and after."""
 

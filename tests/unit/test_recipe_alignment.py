@@ -30,6 +30,7 @@ def refused(stage: str, **sections: Any) -> str:
         ("reward", {"reward_model": {"margin": 0.5}}),
         ("dpo", {"dpo": {"loss": "simpo"}}),
         ("dpo", {"dpo": {"loss": "orpo"}}),
+        ("sft", {"reward": {"contains": "good"}, "train": {"select_by": "reward"}}),
         ("ppo", {"reward": {"contains": "good"}, "ppo": {"value_clip": None}}),
         ("grpo", {"reward": {"regex": "a"}, "grpo": {"variant": "dapo"}}),
     ],
@@ -63,6 +64,8 @@ def test_a_variant_of_grpo_fills_what_is_left_open() -> None:
     ("stage", "sections", "words"),
     [
         ("sft", {"dpo": {"beta": 0.1}}, "`dpo` does nothing in stage sft"),
+        ("sft", {"train": {"select_by": "reward"}}, "`reward` is not measured in stage sft"),
+        ("sft", {"reward": {"clip": 1.0}}, "needs a reward"),
         ("reward", {"reward": {"margin": 1.0}}, "did you mean `reward_model.margin`?"),
         ("dpo", {"dpo": {"bta": 0.1}}, "did you mean `beta`?"),
         ("dpo", {"dpo": {"loss": "ipo", "gamma": 1.0}}, "it is for simpo"),

@@ -44,5 +44,5 @@ def _calibration(result: Mapping[str, Any]) -> Markup:
     if not isinstance(found, Mapping) or not all(is_number(found.get(k)) for k in ("demonstrations", "shift", "mean")):
         return Markup("")
     shift, count = amount(found["shift"]), f"{found['demonstrations']:,}"
-    return tag("p", f"Scores were shifted by {shift}, so that {count} demonstrations average {found['mean']:+.0e}; their "
-                    "order is as it was.")  # fmt: skip
+    mean = f"{found['mean']:+.0e}"
+    return tag("p", f"Scores were shifted by {shift}: {count} demonstrations average {mean}; their order is as it was.")

@@ -15,8 +15,9 @@ from tunesmith.model.language import LanguageModel
 from tunesmith.objectives.dpo import Preference
 from tunesmith.recipe import Recipe
 from tunesmith.stages.job import Built, Job, Measured, make_source
-from tunesmith.stages.likelihood import complete, quick_metrics, with_completions
+from tunesmith.stages.likelihood import complete, quick_metrics, with_completions, with_reward
 from tunesmith.stages.preference import References, measure_preferences
+from tunesmith.stages.scored import reward_of_completions
 
 KIND = "causal"
 
@@ -27,7 +28,8 @@ def build(job: Job) -> Built:
     from tunesmith.stages.prepare import cache_folder  # it knows every stage
 
     model = LanguageModel(job.backbone, compute=job.compute).to(job.device)
-    objective = objective_of(job.recipe)
+    objective, rewarded = objective_of(job.recipe), reward_of_completions(job, model)
+    train, held_out = job.inputs.train, job.inputs.eval
     start = model if job.start is None else LanguageModel(job.start(), compute=job.compute).to(job.device)
     references = References(start, job, cache_folder())
 
@@ -40,11 +42,12 @@ def build(job: Job) -> Built:
 
     def measure(store: SampleStore, full: bool) -> Measured:
         measured, _ = measure_preferences(job, model, objective, beside(store), full=full)
+        if rewarded is not None and store is held_out:
+            measured = with_reward(measured, rewarded(), seed=job.recipe.seed)
         generation = complete(job, model, Chosen(store)) if full else None
         scored = job.recipe.evaluate.generate is not None
         return with_completions(measured, generation, scored=scored, seed=job.recipe.seed)
 
-    train, held_out = job.inputs.train, job.inputs.eval
     evaluate = None if held_out is None else lambda step: quick_metrics(measure(held_out, False))
     return Built(Stage("dpo", model, objective, make_source(job, samples=beside(train)), evaluate), measure)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from tunesmith.data.store import SampleStore
 from tunesmith.evaluate.generate import GenerationResult, evaluate_generation, questions_of
+from tunesmith.evaluate.intervals import Statistic, bootstrap
 from tunesmith.evaluate.likelihood import Samples, bytes_of_tokens, evaluate_likelihood
 from tunesmith.model.language import LanguageModel
 from tunesmith.rollout.sampler import Sampler
@@ -42,6 +44,14 @@ def complete(job: Job, model: LanguageModel, store: Samples) -> GenerationResult
     return evaluate_generation(Sampler(model, job.tokenizer), questions, max_tokens=longest, seed=job.recipe.seed)
 
 
+def with_reward(measured: Measured, reward: Statistic, *, seed: int) -> Measured:
+    """`measured` and the mean reward of completions, with its interval over prompts."""
+    statistics = {**measured.statistics, reward.name: reward}
+    return replace(
+        measured, statistics=statistics, metrics={**measured.metrics, reward.name: bootstrap(reward, seed=seed)}
+    )
+
+
 def with_completions(measured: Measured, generation: GenerationResult | None, *, scored: bool, seed: int) -> Measured:
     """`measured` and, when wanted, exact match, ROUGE-L, BLEU and the share of completions that end by themselves."""
     if generation is None:
@@ -51,4 +61,4 @@ def with_completions(measured: Measured, generation: GenerationResult | None, *,
     if scored:
         statistics |= generation.statistics()
         metrics |= generation.metrics(seed=seed)
-    return Measured(statistics, metrics, generation)
+    return replace(measured, statistics=statistics, metrics=metrics, generation=generation)
