@@ -270,11 +270,12 @@ def _parent(written: Written, entry: _Entry, entries: Sequence[_Entry]) -> tuple
 def _rewards(
     written: Written, values: dict[str, Any], entry: _Entry, entries: Sequence[_Entry]
 ) -> tuple[tuple[int, ...], list[str]]:
-    """The reward stages whose runs pay this one; the nearest one earlier when the recipe names no reward."""
-    if entry.kind not in _ONLINE:
-        return (), []
+    """The reward stages whose runs pay (or, where no reward is needed, judge) this one; a policy without a reward of
+    its own is paid by the nearest one earlier."""
     earlier = [other for other in entries[: entry.index] if other.kind == "reward"]
     if not values.get("reward"):
+        if entry.kind not in _ONLINE:
+            return (), []
         if not earlier:
             text = f"stage {entry.name} has no reward: put a reward stage before it, or write a `reward:` section"
             return (), [at_line(written, f"stages.{entry.index}.stage", text)]

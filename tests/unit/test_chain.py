@@ -405,3 +405,10 @@ def test_a_changed_reward_model_reruns_the_policy():
     assert api.train(recipe)["cached"] == ["1-sft", "2-reward", "3-ppo"]
     assert api.train(recipe, ["stages.reward.train.steps=2"])["cached"] == ["1-sft"]
     assert api.train(recipe, ["stages.ppo.ppo.clip=0.1"])["cached"] == ["1-sft", "2-reward"]
+
+
+def test_a_supervised_stage_may_be_judged_by_a_reward_stage():
+    judged = stage("sft", "pairs", reward={"run": "reward"}, train={"select_by": "reward"})
+    found = full(stage("reward", "preferences"), judged, stage("sft", "pairs"))
+    assert [s.rewards for s in found.stages] == [(), (0,), ()] and [s.parent for s in found.stages] == [None, None, 1]
+    assert found.stages[1].resolved.recipe.reward.run == "1-reward"

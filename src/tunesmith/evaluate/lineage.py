@@ -145,7 +145,10 @@ def _branch(children: Sequence[Json], stages: Sequence[Json], indent: str) -> li
 def _line(stage: Mapping[str, Any]) -> str:
     parts = [f"{stage['name']}  {stage['method']}  [{str(stage['gives'])[:12]}]"]
     if stage["rewards"]:
-        parts.append("paid by " + ", ".join(str(reward["stage"]) for reward in stage["rewards"]))
+        parts.append(
+            ("paid by " if stage["stage"] in ("ppo", "grpo") else "judged by ")
+            + ", ".join(str(reward["stage"]) for reward in stage["rewards"])
+        )
     own, probe = stage["own_task"], stage["probe"]
     if own["before"] and own["after"]:
         values = " -> ".join(number(as_number(own[when]["value"])) for when in ("before", "after"))

@@ -25,7 +25,7 @@ from tunesmith.evaluate.lineage import read_lineage, tree
 from tunesmith.model.load import base_record, load_tokenizer
 from tunesmith.recipe import Recipe, Resolved
 from tunesmith.recipe_chain import Chain, ChainStage, load_saved
-from tunesmith.rundir import RunDir
+from tunesmith.rundir import RunDir, model_run
 from tunesmith.stages import from_run, running
 from tunesmith.stages.earlier import measure_earlier
 from tunesmith.stages.prepare import ONLINE, STAGES, base_path, locate, prepare, read_sets
@@ -35,7 +35,7 @@ Show = Callable[[StepReport], None]
 REPLACED = "replaced"
 ADAPTERS = ("lora", "peft")
 _FILES = ("evaluate.probe", "ppo.ptx_data", "reward_model.demonstrations", "reward.function", "reward.model",
-          "tune.adapter")  # fmt: skip
+          "reward.run", "tune.adapter")  # fmt: skip
 """Keys beside `data` that name files whose content decides the result."""
 
 
@@ -213,12 +213,15 @@ def _fingerprints(recipe: Recipe, folder: Path) -> dict[str, str | None]:
         at: Any = recipe
         for part in key.split("."):
             at = getattr(at, part, None)
-        for name in [at] if isinstance(at, str) else at or []:
-            found[f"{key} {name}"] = _content_of(Path(locate(name.rpartition(":")[0] or name, folder)))
+        for i, name in enumerate(at.split(",") if isinstance(at, str) else at or []):
+            found[f"{key}.{i}"] = _content_of(Path(locate(name.strip().rpartition(":")[0] or name.strip(), folder)))
     return found
 
 
 def _content_of(path: Path) -> str | None:
+    path = path if path.exists() else Path("runs") / path
+    if from_run.is_run(path):
+        return from_run.content(model_run(RunDir(path)))
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file())
         return sha256("".join(f"{p.name}{file_sha256(p)}" for p in files).encode()).hexdigest()
