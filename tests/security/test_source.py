@@ -14,10 +14,7 @@ CALLS = {
 }  # fmt: skip
 MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "telnetlib"}
 ATTRIBUTES = {"extractall", "MethodType"}
-ALLOWED = {
-    ("data/sandbox.py", "compile"): "re.compile only",
-    ("stages/rewards.py", "import_from_path"): "a reward function is the user's own file, named in the recipe",
-}
+ALLOWED = {("cli.py", "shell="): "which shell's completion script to print; nothing is run"}
 TEXT = ("innerHTML", "dangerouslySetInnerHTML", "0.0.0.0", "allow_pickle=True", "weights_only=False")
 
 
