@@ -90,6 +90,11 @@ def test_a_structure_that_is_in_doubt_is_refused(text, said, tmp_path):
         _read(tmp_path, text)
 
 
+def test_quotes_may_stand_after_spaces(tmp_path):
+    rows = _read(tmp_path, 'a, b\n"x, y", "z ""w"" "\n 1,  2\n')
+    assert [dict(row.values) for row in rows] == [{"a": "x, y", "b": 'z "w" '}, {"a": " 1", "b": "  2"}]
+
+
 def test_one_column_needs_no_delimiter(tmp_path):
     rows = _read(tmp_path, 'text\nhello\n"a, b"\n')
     assert [row.values["text"] for row in rows] == ["hello", "a, b"]

@@ -1,11 +1,12 @@
 """CSV of any delimiter -> rows, with the line on which each row begins.
 
-RFC 4180 quoting; the delimiter is sniffed; cells may hold line ends and be as long as a row may be (the standard
-library stops at 128 KiB a cell unless a process-wide limit is changed).
+RFC 4180 quoting, also after spaces; the delimiter is sniffed; cells may hold line ends and be as long as a row may be
+(the standard library stops at 128 KiB a cell unless a process-wide limit is changed).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
@@ -14,6 +15,7 @@ from tunesmith.data.rows import BadRow, Row, RowError, bad_row, shown
 from tunesmith.errors import DataError
 
 DELIMITERS = (",", ";", "\t", "|")
+_SPACES = re.compile(" *")
 
 
 class _Record:
@@ -41,9 +43,10 @@ class _Record:
         return not self.quoted
 
     def _cell(self, text: str, at: int) -> int | None:
-        if text.startswith('"', at):
+        start = _SPACES.match(text, at).end()  # type: ignore[union-attr]
+        if text.startswith('"', start):
             self.quoted = True
-            return at + 1
+            return start + 1
         end = text.find(self.delimiter, at)
         self.cells.append(text[at:] if end < 0 else text[at:end])
         return None if end < 0 else end + 1

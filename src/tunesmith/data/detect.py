@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tunesmith.data.formats import ALIASES, FORMATS, STAGES, Ambiguous, Format
+from tunesmith.data.formats import ALIASES, COMPLETIONS, FORMATS, STAGES, Ambiguous, Format
 from tunesmith.data.survey import IGNORED, Survey, fold
 from tunesmith.errors import DataError
 
@@ -87,6 +87,8 @@ def _unrecognised(survey: Survey, stage: str, candidates: Sequence[Format], doub
     lines = [f"{where}: which columns are meant for stage {stage}? Columns: {seen}"]
     lines += [f"  in doubt: {doubt}" for doubt in doubts]
     others = sorted({s for f in FORMATS.values() if stage not in f.stages and _fits(f, survey) for s in f.stages})
+    if stage in ("reward", "dpo") and not doubts and survey.first(COMPLETIONS, "list"):
+        lines.append("  the answers are not ranked yet: `tunesmith rank FILE` shows them and writes their ranks")
     if others and not doubts:
         lines.append(f"  these rows fit the stage{'s' if len(others) > 1 else ''} {', '.join(others)}")
     example = candidates[-1] if candidates else next(f for f in FORMATS.values() if stage in f.stages)

@@ -127,7 +127,7 @@ def _find_pair(survey: Survey) -> tuple[str, str] | None:
     speaking = survey.speaking([w for w in PROMPTS if len(w) > 1]), survey.speaking([w for w in ANSWERS if len(w) > 1])
     if len(speaking[0]) == 1 and len(speaking[1]) == 1 and speaking[0] != speaking[1]:
         return speaking[0][0], speaking[1][0]
-    if len(texts) != 2:
+    if len(texts) != 2 or any(fold(name) in CONTEXTS for name in texts):
         return None
     known = [name for name in (*prompts, *answers) if name in texts and len(name) > 1]
     if len(known) == 1:

@@ -43,6 +43,8 @@ def start(run: RunDir, resolved: Resolved, *, say: Say, show: Show) -> dict[str,
     built = _build(job, say)
     run.write_json("origins", dict(resolved.origins))
     run.write_json("inputs", _inputs(job, base, resolved.folder))
+    if job.inputs.bad_rows:
+        run.write_text("bad_rows", "".join(json.dumps(row) + "\n" for row in job.inputs.bad_rows))
     run.write_json("trainable", {**asdict(job.trainable), "names": list(job.trainable.names)})
     run.write_json("environment", environment(job.device, job.precision, torch.get_num_threads()))
     run.write_text("recipe", resolved.to_yaml())
