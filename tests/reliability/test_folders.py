@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from tests.reliability.harness import finish, spawn
 
 from tunesmith import api
-from tunesmith.errors import RunError
+from tunesmith.errors import DiskError, RunError
 from tunesmith.rundir import RunDir, create_run
 
 RECIPE = {"stage": "pretrain", "base": "nowhere", "data": {"train": "nothing.jsonl"}}
@@ -73,3 +74,17 @@ def test_a_lock_on_a_file_that_was_removed_is_no_lock(tmp_path):
         RunDir(tmp_path / "run").lock()
     second.unlock()
     os.close(late)
+
+
+def test_a_full_disk_is_called_one_and_leaves_the_old_file(tmp_path, monkeypatch):
+    run = RunDir(tmp_path)
+    run.write_json("result", {"loss": 1.0})
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskError, match="disk full; make room"):
+        run.write_json("result", {"loss": 2.0})
+    assert run.read_json("result") == {"loss": 1.0}
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
