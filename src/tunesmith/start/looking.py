@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data.chat import prompt_ids
+from tunesmith.data.chat import encode_text, prompt_ids
 from tunesmith.data.check import check_records
 from tunesmith.data.encode import Encoder
 from tunesmith.data.readers import kind_of, read_rows
@@ -79,7 +79,7 @@ def _measure(stage: str, tokenizer: Any, labels: tuple[str, ...], multi: bool) -
     encoder = Encoder(tokenizer, stage, NO_LIMIT, label_names=labels, multi_label=multi)
 
     def size(record: Record) -> tuple[int, int]:
-        answer = len(tokenizer(output_text(record), add_special_tokens=False)["input_ids"])
+        answer = len(encode_text(tokenizer, output_text(record)))
         if isinstance(record, Prompt):
             return len(prompt_ids(record.messages, tokenizer, plain=record.plain)), answer
         return max((len(sample.ids) for sample in encoder(record)), default=0), answer

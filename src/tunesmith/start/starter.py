@@ -149,7 +149,8 @@ def _data(seen: Look, data: str, model: _Base) -> list[str]:
         lines.append(_line(f"  columns: {_flow(dict(seen.columns))}", seen.guessed))
     lines += _split(seen) + _length(seen, model)
     if seen.bad:
-        lines.append(_line("  on_bad_row: skip", f"{len(seen.bad):,} broken, the first: {shown(seen.bad[0], 120)}"))
+        first = shown(seen.bad[0].split("\n")[0], 120)
+        lines.append(_line("  on_bad_row: skip", f"{len(seen.bad):,} broken, the first: {first}"))
     if seen.multi_label:
         lines.append(_line("  multi_label: true", "a row may have several labels, or none"))
     return lines
