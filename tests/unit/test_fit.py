@@ -81,8 +81,12 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(number, code, tm
         if report.step == 3:
             os.kill(os.getpid(), number)
 
-    with pytest.raises(Interrupted) as stopped:
-        run(tmp_path, [0.5] * 10, show=show)
+    former = signal.signal(number, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
+    try:
+        with pytest.raises(Interrupted) as stopped:
+            run(tmp_path, [0.5] * 10, show=show)
+    finally:
+        signal.signal(number, former)
     assert stopped.value.exit_code == code and "--resume" in str(stopped.value)
     assert max(saved_steps(tmp_path / "checkpoints")) == 3
 

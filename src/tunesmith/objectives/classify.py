@@ -27,7 +27,7 @@ class Classify:
         scores, labels = outputs.scores, batch.labels
         assert scores is not None and labels is not None, "classification needs scores and labels"
         if self.multi_label:
-            total = F.binary_cross_entropy_with_logits(scores, labels.float(), reduction="none").mean(1).sum()
+            total = F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype), reduction="none").mean(1).sum()
             right = ((scores > 0) == (labels > 0.5)).all(1).sum()
         else:
             total = F.cross_entropy(scores, labels, reduction="sum")

@@ -158,7 +158,7 @@ def classify_texts(
         tokenizer, "classify", max_length, "truncate_left", label_names=tuple(names), multi_label=multi_label
     )
     label: Any = () if multi_label else names[0]
-    samples = [encoder(Labelled(text, label, f"text {i}"))[0] for i, text in enumerate(texts, 1)]
+    samples = [encoder(Labelled(text, label, origin=f"text {i}"))[0] for i, text in enumerate(texts, 1)]
     rows: list[Any] = [None] * len(samples)
     device = next(model.parameters()).device
     with evaluating(model):
