@@ -30,6 +30,7 @@ NOT_RUN = {
     "tunesmith quickstart": "takes minutes; the suite runs it shortened elsewhere",
     "tunesmith train examples/": "takes minutes; test_docs_examples.py runs every example shortened",
     "tunesmith rank": "asks a person",
+    "chromium": "a browser, which the suite does not need",
 }
 """Commands that are shown and not run here, each with its reason."""
 

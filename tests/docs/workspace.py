@@ -1,7 +1,7 @@
 """A folder in which the commands of the pages run: tiny models under the hub ids that pages name, and small data.
 
 A recipe's `base:` is first looked for beside the recipe, so a folder `HuggingFaceTB/SmolLM2-135M-Instruct` stands in
-for the model of that name and no page is rewritten.
+for the model of that name and no page is rewritten. The same goes for the embedded base, which would take minutes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ def fill(folder: Path) -> None:
     """Put the stand-ins and the data files that pages speak of into `folder`."""
     save_tiny(tiny_causal("llama"), folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
     save_tiny(tiny_causal("llama"), folder / "HuggingFaceTB" / "SmolLM2-135M", tokenizer=tiny_tokenizer(chat=False))
+    save_tiny(tiny_causal("llama"), folder / "tunesmith" / "reviews-1m")
     save_tiny(tiny_masked("distilbert"), folder / "distilbert" / "distilbert-base-uncased")
     _write_jsonl(folder / "rows.jsonl", _sums(1, 12))
     _write_jsonl(folder / "held_out.jsonl", _sums(31, 2))
