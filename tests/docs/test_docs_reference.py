@@ -10,6 +10,7 @@ import pytest
 from tests.docs.blocks import ROOT
 
 from tunesmith.recipe_sections import Section
+from tunesmith.rundir import LAYOUT
 
 
 @pytest.fixture(scope="module")
@@ -33,3 +34,9 @@ def test_a_key_without_a_description_stops_the_generator(generator: Mapping[str,
     assert generator["descriptions"](_Described) == {"known": "What it means."}
     with pytest.raises(SystemExit, match="silent has no description"):
         generator["_section"]("", _Described)
+
+
+def test_every_file_of_a_run_is_on_the_page_of_formats() -> None:
+    text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    missing = [name for name in LAYOUT.values() if name not in text]
+    assert not missing, f"docs/formats.md does not say what {', '.join(missing)} is"
