@@ -50,7 +50,7 @@ needs_strace = pytest.mark.skipif(not tracing(), reason="strace is missing or ma
 evidence = functools.partial(pytest.param, marks=pytest.mark.evidence)
 
 
-@pytest.mark.parametrize(("subject", "count"), [("loop", 6), *((stage, 1) for stage in STAGES)])
+@pytest.mark.parametrize(("subject", "count"), [("loop", 6), ("sft", 2), *(evidence(stage, 12) for stage in STAGES)])
 def test_a_killed_run_resumes_to_the_same_bytes(subject, count):
     result = trials("kills", count, subject=subject)
     assert result["trials"] == count and result["bad"] == []
@@ -91,7 +91,7 @@ def test_stop_signals_lose_no_step(subject, count):
     assert result["trials"] == count and result["bad"] == [] and result["slowest_seconds"] < 30
 
 
-@pytest.mark.parametrize("subject", ["sft", *map(evidence, ("pretrain", "mlm", "classify"))])
+@pytest.mark.parametrize("subject", ["mlm", *map(evidence, ("pretrain", "sft", "classify"))])
 def test_a_run_killed_at_any_named_moment_ends_with_the_same_bytes(subject):
     result = trials("moments", subject=subject)
     assert result["trials"] == 11 and result["bad"] == []

@@ -129,7 +129,7 @@ def planted(place: str, value: float, step: int, micro: int) -> Callable[..., An
 
 
 CASES = [
-    (place, value, moment)
+    pytest.param(place, value, moment, marks=pytest.mark.evidence if value == -math.inf else ())
     for place, value, moment in product(PLACES, VALUES, MOMENTS)
     if (place, moment) != ("optimizer state", "first step")  # there is none yet
 ]
