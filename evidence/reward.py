@@ -12,19 +12,24 @@ from pairs import answers, dialogue_pairs, instruction_pairs, length_baseline, r
 from tunesmith.evaluate.intervals import bootstrap, mean_statistic
 
 SETS = {
-    "instruction": ("data/instruction/instruction-data-with-preference.json", instruction_pairs),
-    "hh-rlhf": ("data/hh-rlhf/harmless-base-test.jsonl.gz", dialogue_pairs),
-}
+    "instruction": ("data/instruction/instruction-data-with-preference.json", instruction_pairs, ()),
+    "hh-rlhf": (
+        "data/hh-rlhf/harmless-base-test.jsonl.gz", dialogue_pairs, ("train.epochs=1", "data.max_length=128")
+    ),
+}  # fmt: skip
+"""File, reader, and what is set otherwise than in the recipe: dialogues are long and many."""
 
 
 def main() -> None:
     where, _ = place("reward")
     base = where.asset("models/tinystories-656K")
     sections = []
-    for name, (source, rows_of) in SETS.items():
+    for name, (source, rows_of, settings) in SETS.items():
         files = split(rows_of(where.asset(source)), where.runs / f"{name}-data")
         run = where.runs / name
-        train(run, RECIPES / "reward.yaml", f"base={base}", f"data.train={files[0]}", f"data.eval={files[1]}")
+        train(
+            run, RECIPES / "reward.yaml", f"base={base}", f"data.train={files[0]}", f"data.eval={files[1]}", *settings
+        )
         sections.append(_summary(name, run, *files))
     write("reward", "reward: what a model of 656,000 parameters learns of preferences", *sections)
 
@@ -40,9 +45,10 @@ def _summary(name: str, run: Path, train_file: Path, eval_file: Path) -> str:
         ("reward model before training", interval(result["before"]["accuracy"])),
         ("reward model after", interval(result["after"]["accuracy"])),
     ]
+    tokens = SETS[name][2][-1].rpartition("=")[2] if SETS[name][2] else "256"
     calibration, error = result["calibration"], result["reliability"]["error"]
     note = (
-        f"{len(known):,} training pairs, {len(held):,} held out by prompt, answers cut to 256 tokens from the left. "
+        f"{len(known):,} training pairs, {len(held):,} held out by prompt, cut to their last {tokens} tokens. "
         f"{result['tokens']:,} tokens in {result['train_seconds']:.0f} s of steps. {calibration['demonstrations']:,} "
         f"demonstrations averaged {calibration['shift']:+.3f} and average {calibration['mean']:+.0e} after the shift. "
         f"Held-out loss {interval(result['before']['loss'])} before, {interval(result['after']['loss'])} after; "

@@ -50,6 +50,11 @@ def rankings(count: int) -> list[dict[str, Any]]:
     ]
 
 
+def with_margins(rows: list[dict[str, str]], margin: float) -> list[dict[str, Any]]:
+    """The same pairs, every second one with a margin."""
+    return [{**row, "margin": margin if i % 2 else 0.0} for i, row in enumerate(rows)]
+
+
 def write(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -18,8 +18,9 @@ class Sample:
     """Token ids and, for every token, how much predicting it counts. Unshifted, so it can be printed.
 
     `ids [L]` int32 · `weights [L]` float32, the first always 0 · `columns` name -> `[L]` or `[L, K]`, entry i about
-    predicting token i, as in `weights` · `label` a class index, a rank (1 is the best) or, multi-label, one 0/1 per
-    class · `group` samples that must stay in one batch · `origin` where the record stands, as `file:line`.
+    predicting token i, as in `weights` · `label` a class index, one 0/1 per class where there may be several, or an
+    answer's (rank, margin), 1 being the best · `group` samples that must stay in one batch · `origin` where the record
+    stands, as `file:line`.
     """
 
     ids: np.ndarray
@@ -45,8 +46,8 @@ class Batch:
     `input_ids targets weights positions segments` are `[B, T]`; `segments` counts 0..S-1 in reading order and is
     -1 on padding; `positions` restart at 0 in each segment. `targets[t]` is what position t predicts, and
     `weights[t]` how much that counts; `columns`, `[B, T]` or `[B, T, K]`, stand like the weights: entry t is about
-    `targets[t]`, beside `Outputs.logprobs[t]`. `labels` is `[S]` (classes, ranks) or `[S, C]` (multi-label);
-    `groups [S]` says which segments belong together (a pair, the answers to one prompt).
+    `targets[t]`, beside `Outputs.logprobs[t]`. `labels` is `[S]` (classes, ranks), `[S, C]` (multi-label) or
+    `[S, 2]` (ranks and margins); `groups [S]` says which segments belong together (a pair, the answers to one prompt).
     """
 
     input_ids: Tensor

@@ -225,7 +225,8 @@ class RewardModelSpec(Section):
     """How stage reward learns."""
 
     margin: Annotated[float, Field(ge=0)] = 0.0
-    """Scores of a pair must differ by this much (Llama 2, 2307.09288, eq. 2); 0 is InstructGPT's loss."""
+    """Scores of a pair must differ by this much and the row's own margin (Llama 2, 2307.09288, eq. 2); 0 is
+    InstructGPT's loss."""
     center_coef: Annotated[float, Field(ge=0)] = 0.0
     """Pulls the sum of a pair's two scores to 0 (2312.09244, 2); 0.01 is the paper's value."""
     calibrate: bool = True

@@ -142,7 +142,7 @@ def test_the_prompt_is_cut_alike_before_both_answers(made: Made) -> None:
     cut = Encoder(tiny_tokenizer(), "dpo", longest - 7, "truncate_left")(pair)
     for before, after in zip(whole, cut, strict=True):
         assert np.array_equal(before.ids[7:], after.ids) and np.array_equal(before.weights[7:], after.weights)
-    assert [sample.label for sample in cut] == [1, 2]
+    assert [sample.label for sample in cut] == [(1.0, 0.0), (2.0, 0.0)]
     assert Encoder(tiny_tokenizer(), "dpo", 9, "drop")(pair) == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -81,6 +82,16 @@ def test_a_group_cut_in_two_would_cost_something_else() -> None:
 def test_margin_and_centring_are_added_as_the_papers_say() -> None:
     expected = math.log1p(math.exp(0.5 - 0.7)) + 0.01 * (1.2 + 0.5) ** 2
     assert ranked([1.2, 0.5], [1, 2], [0, 0], margin=0.5, center_coef=0.01) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_rows_own_margin_is_added() -> None:
+    plain = answers([1, 2, 1, 2], [0, 0, 1, 1])
+    labels = torch.tensor([[1.0, 0.3], [2.0, 0.3], [1.0, 0.0], [2.0, 0.0]])
+    scores = Outputs(scores=torch.tensor([[1.0], [0.2], [0.5], [0.1]], dtype=torch.float64))
+    found = float(BradleyTerry(margin=0.1).loss(scores, replace(plain, labels=labels)).sum)
+    expected = math.log1p(math.exp(0.4 - 0.8)) + math.log1p(math.exp(0.1 - 0.4))
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert float(BradleyTerry(margin=0.1).loss(scores, plain).sum) < found, "control: without it the loss is lower"
 
 
 def test_accuracy_counts_a_tie_in_score_as_half() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.preferences import left, make_folder, pairs, recipe, start_and_cut, write
+from tests.preferences import left, make_folder, pairs, recipe, start_and_cut, with_margins, write
 from tests.tiny import save_tiny, tiny_causal, tiny_classifier
 
 from tunesmith import api
@@ -128,6 +128,17 @@ def test_a_pair_of_one_text_is_dropped_and_counted(made: Made) -> None:
     lines: list[str] = []
     api.train(recipe("reward", data={"train": "same.jsonl"}, train={"epochs": 1}), run="same", say=lines.append)
     assert any("dropped nothing to compare: 1" in line for line in lines)
+
+
+def test_a_rows_margin_is_read_and_asked_for(made: Made) -> None:
+    """Before training all gaps are near 0, so a margin of 2 for half the pairs costs what it costs there."""
+    write(made[0] / "margins.jsonl", with_margins(pairs(16, 100), 2.0))
+    lines: list[str] = []
+    data = {"eval": "margins.jsonl"}
+    result = api.train(recipe("reward", data=data, train={"steps": 1, "epochs": None}), run="far", say=lines.append)
+    plain = made[1]["before"]["loss"]["value"]
+    assert result["before"]["loss"]["value"] == pytest.approx((plain + np.log1p(np.exp(2.0))) / 2, abs=0.2)
+    assert result["before"]["loss"]["value"] > plain + 0.4
 
 
 def rows(num: int) -> list[Sample]:

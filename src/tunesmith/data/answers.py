@@ -25,13 +25,14 @@ class Limits:
 def encode_answers(
     record: Pair | Ranking, tokenizer: Any, marks: Marks, limits: Limits, tally: Counter[str]
 ) -> list[Sample]:
-    """One sample per answer, of one group, `label` being its rank (1 is the best); only the answer has weight.
+    """One sample per answer, of one group; only the answer has weight. `label` is (rank, margin): 1 is the best, and a
+    pair's margin, 0 without one, says how much better its better answer is.
 
     A record is cut as a whole: `truncate_left` takes the same number of tokens from the prompt before every answer,
     so that they still answer the same prompt; `truncate_right` cuts the answers. A record that is not left with two
     answers that differ in rank and in tokens teaches nothing and is dropped and counted.
     """
-    texts, ranks = _of(record)
+    texts, ranks, margin = _of(record)
     earlier = tuple(replace(m, trained=False) if m.role == "assistant" else m for m in record.prompt)
     answers = [
         render((*earlier, Message("assistant", text)), tokenizer, plain=record.plain, marks=marks) for text in texts
@@ -46,21 +47,27 @@ def encode_answers(
         else:
             tally["truncated"] += 1
             start = longest - limits.max_length if limits.on_too_long == "truncate_left" else 0
-    return _samples(answers, ranks, record.origin, start, limits, tally)
+    labels = [(float(rank), margin) for rank in ranks]
+    return _samples(answers, labels, record.origin, start, limits, tally)
 
 
-def _of(record: Pair | Ranking) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def _of(record: Pair | Ranking) -> tuple[tuple[str, ...], tuple[int, ...], float]:
     if isinstance(record, Pair):
-        return (record.chosen, record.rejected), (1, 2)
-    return record.completions, record.ranks
+        return (record.chosen, record.rejected), (1, 2), record.margin or 0.0
+    return record.completions, record.ranks, 0.0
 
 
 def _samples(
-    answers: Sequence[Rendered], ranks: Sequence[int], origin: str, start: int, limits: Limits, tally: Counter[str]
+    answers: Sequence[Rendered],
+    labels: Sequence[tuple[float, float]],
+    origin: str,
+    start: int,
+    limits: Limits,
+    tally: Counter[str],
 ) -> list[Sample]:
     end = None if limits.on_too_long in ("error", "truncate_left") else limits.max_length
     made = []
-    for answer, rank in zip(answers, ranks, strict=True):
+    for answer, label in zip(answers, labels, strict=True):
         prompt = answer.trained.index(True) if True in answer.trained else len(answer.ids)
         ids = np.asarray(answer.ids[start:end], np.int32)
         weights = np.asarray(answer.trained[start:end], np.float32)
@@ -68,7 +75,7 @@ def _samples(
         if start >= prompt or not weights.any():
             return _dropped(tally, "dropped_no_answer_left")
         weights[0] = 0.0
-        made.append(Sample(ids, weights, label=rank, group=0, origin=origin))
+        made.append(Sample(ids, weights, label=label, group=0, origin=origin))
     if not any(a.label != b.label and not np.array_equal(a.ids, b.ids) for a in made for b in made):
         return _dropped(tally, "dropped_nothing_to_compare")
     return made

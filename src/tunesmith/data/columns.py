@@ -37,7 +37,7 @@ class Chosen:
 
     def __init__(self, store: SampleStore) -> None:
         self._store = store
-        self.indices = [i for i in range(len(store)) if store[i].label == 1]
+        self.indices = [i for i in range(len(store)) if _rank(store[i]) == 1]
         self.lengths = np.asarray(store.lengths)[self.indices]
 
     def __len__(self) -> int:
@@ -48,3 +48,7 @@ class Chosen:
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
+
+
+def _rank(sample: Sample) -> float | None:
+    return sample.label[0] if isinstance(sample.label, tuple) else sample.label

@@ -21,7 +21,7 @@ from tunesmith.data.encode import Encoder
 from tunesmith.data.kinds import Record
 from tunesmith.errors import DataError
 
-VERSION = 3
+VERSION = 4
 _FILES = {"ids": np.int32, "weights": np.float32, "offsets": np.int64, "labels": np.float32,
           "groups": np.int64, "origin_offsets": np.int64}  # fmt: skip
 

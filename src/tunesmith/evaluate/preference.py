@@ -127,7 +127,8 @@ def evaluate_preferences(
             batch = collate([store[i] for i in indices]).to(device)
             made = objective.compare(model(batch), batch)
             assert batch.labels is not None
-            scores[indices], ranks[indices] = _numbers(made.scores), batch.labels.cpu().numpy()
+            labels = batch.labels.cpu().numpy()
+            scores[indices], ranks[indices] = _numbers(made.scores), labels[:, 0] if labels.ndim == 2 else labels
             for i, origin in zip(indices, batch.origins, strict=True):
                 origins[i] = origin
             found["owner"].append(owners[made.pairs.better.cpu().numpy()])

@@ -12,11 +12,13 @@ from tunesmith.batch import Batch
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """`better [P]` and `worse [P]` are segments; `share [P]` is 1 over the untied pairs of their group."""
+    """`better [P]` and `worse [P]` are segments; `share [P]` is 1 over the untied pairs of their group, `margins [P]`
+    how much better the better one is said to be."""
 
     better: Tensor
     worse: Tensor
     share: Tensor
+    margins: Tensor
 
     @property
     def num_groups(self) -> float:
@@ -43,18 +45,20 @@ class Compared:
 
 
 def pairs_of(batch: Batch) -> Pairs:
-    """All pairs of segments of one group whose ranks (`labels`, 1 is the best) differ.
+    """All pairs of segments of one group whose ranks (`labels [S]` or the first of `labels [S, 2]`) differ.
 
     Ranks 1, 2, 3 of one group give three pairs of share 1/3: with K answers the loss is 1 / C(K, 2) times the sum
     over pairs (InstructGPT, 2203.02155, eq. 1). Ties give no pair.
     """
-    ranks, groups = batch.labels, batch.groups
-    assert ranks is not None and groups is not None, "preferences need ranks and groups"
+    labels, groups = batch.labels, batch.groups
+    assert labels is not None and groups is not None, "preferences need ranks and groups"
+    ranks = labels[:, 0] if labels.dim() == 2 else labels
     same = groups[:, None] == groups[None]
     wins = same & (ranks[:, None] < ranks[None])
     better, worse = wins.nonzero(as_tuple=True)
     per_group = same.double() @ wins.sum(1).double()
-    return Pairs(better, worse, 1.0 / per_group[better])
+    margins = labels[better, 1] if labels.dim() == 2 else torch.zeros(len(better), device=groups.device)
+    return Pairs(better, worse, 1.0 / per_group[better], margins)
 
 
 def num_groups(batch: Batch) -> float:

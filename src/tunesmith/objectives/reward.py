@@ -13,8 +13,8 @@ from tunesmith.objectives.pairs import Compared, half_for_ties, num_groups, pair
 @dataclass(frozen=True, slots=True)
 class BradleyTerry:
     """-1 / C(K, 2) · sum over the pairs of a prompt of log sigmoid(r_better - r_worse - margin) (InstructGPT,
-    2203.02155, eq. 1), with a margin (Llama 2, 2307.09288, eq. 2) and, per pair, center_coef · (r_better + r_worse)²
-    (2312.09244, eq. 5) when asked for.
+    2203.02155, eq. 1). `margin`, and the row's own added to it, are Llama 2's (2307.09288, eq. 2); 0 is InstructGPT's
+    loss. `center_coef` adds that many times (r_better + r_worse)² per pair (2312.09244, eq. 5).
 
     A gap of 0.4 costs 0.5130 nats, one of -0.4 costs 0.9130. Ties are dropped. Counts prompts.
     """
@@ -38,7 +38,7 @@ class BradleyTerry:
         assert outputs.scores is not None, "the model gave no scores"
         scores, pairs = outputs.scores[:, 0], pairs_of(batch)
         better, worse = scores[pairs.better], scores[pairs.worse]
-        costs = F.softplus(self.margin - (better - worse))
+        costs = F.softplus(self.margin + pairs.margins.to(scores.dtype) - (better - worse))
         if self.center_coef:
             costs = costs + self.center_coef * (better + worse).square()
         return Compared(scores, costs, pairs)
