@@ -29,7 +29,7 @@ ALONE = {
     "model": {"model", "batch", "ops", "errors", "embedded"},
 }
 """Parts that may import only these."""
-LIGHT = re.compile(r"^(recipe\w*|errors|rundir|cli\w*|api\w*|__init__|__main__|plan/\w+|dashboard/\w+)\.py$")
+LIGHT = re.compile(r"^(recipe\w*|errors|rundir|cli\w*|api\w*|__init__|__main__|plan/hardware|dashboard/\w+)\.py$")
 HEAVY = {"torch", "transformers", "datasets", "peft", "matplotlib", "sklearn", "pyarrow"}
 
 
