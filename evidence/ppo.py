@@ -1,0 +1,19 @@
+"""ppo: stories that a sentiment model likes, three seeds, three prices of the KL, and what it costs in fluency."""
+
+from __future__ import annotations
+
+from common import place, write
+from sentiment import checks, policies, reward_model, reward_note, side_by_side, summary
+
+TITLE = "ppo: towards positive stories with a model of 656,000 parameters"
+
+
+def main() -> None:
+    where, _ = place("ppo")
+    runs = policies(where, "ppo")
+    shown = next(run for price, seed, run in runs if (price, seed) == (0.02, 0))
+    write("ppo", TITLE, reward_note(reward_model(where)), summary(where, runs), checks(runs), side_by_side(shown))
+
+
+if __name__ == "__main__":
+    main()

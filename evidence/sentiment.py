@@ -1,0 +1,150 @@
+"""What ppo and grpo share: story beginnings, a sentiment reward model trained on film reviews, and their table."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import random
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from common import RECIPES, Place, interval, rows_of, table, train
+
+from tunesmith import evaluate
+
+SEEDS = (0, 1, 2)
+PRICES = (0.0, 0.02, 2.0)
+"""Of a nat of KL, in units of reward."""
+REVIEWS = {"train": 6000, "eval": 1000}
+_WHO = ("girl named Lily", "boy named Tim", "dog named Max", "cat named Mia", "bird named Sam", "bear named Ben")
+_WHERE = ("in a big house", "near the park", "by the sea", "in the forest", "on a farm", "in a small town")
+_THEN = ("One day", "Today", "In the morning", "One night")
+
+
+def prompts(folder: Path) -> dict[str, Path]:
+    """144 beginnings of stories, a third held out; the split is seeded."""
+    found = [
+        f"Once upon a time, there was a {who} who lived {where}. {then},"
+        for who, where, then in itertools.product(_WHO, _WHERE, _THEN)
+    ]
+    random.Random(0).shuffle(found)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for side, texts in (("train", found[:96]), ("eval", found[96:])):
+        files[side] = folder / f"prompts-{side}.jsonl"
+        files[side].write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return files
+
+
+def reward_model(where: Place) -> Path:
+    """The run of a sentiment classifier from the same base, trained once and shared by both parts."""
+    folder = where.runs.parent / "sentiment"
+    data = folder / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    with gzip.open(where.asset("data/imdb/imdb_train.jsonl.gz"), "rt", encoding="utf-8") as stream:
+        rows = [json.loads(line) for line in stream]
+    random.Random(0).shuffle(rows)
+    start = 0
+    for side, num in REVIEWS.items():
+        kept = [{"text": row["text"], "label": str(row["label"])} for row in rows[start : start + num]]
+        (data / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+        start += num
+    overrides = [f"data.{side}={data / side}.jsonl" for side in REVIEWS]
+    train(folder / "run", RECIPES / "sentiment.yaml", f"base={where.asset('models/tinystories-656K')}", *overrides)
+    return folder / "run"
+
+
+def policies(where: Place, stage: str) -> list[tuple[float, int, Path]]:
+    """(price of the KL, seed, run): every price with the first seed, and the paper's price with every seed."""
+    reward, files = reward_model(where), prompts(where.runs / "data")
+    made = []
+    for price, seed in [(0.02, 0), (0.0, 0), (2.0, 0), *((0.02, seed) for seed in SEEDS[1:])]:
+        run = where.runs / f"kl{price:g}-seed{seed}"
+        train(
+            run, RECIPES / f"{stage}.yaml", f"base={where.asset('models/tinystories-656K')}", f"reward.run={reward}",
+            f"data.train={files['train']}", f"data.eval={files['eval']}", f"seed={seed}", f"{stage}.kl_coef={price}",
+        )  # fmt: skip
+        made.append((price, seed, run))
+    return made
+
+
+def fluency(where: Place, run: Path, which: str) -> dict[str, Any]:
+    """Bits per byte of the first or the last round's texts under another model, with their interval."""
+    rows = rows_of(run / "rollouts.jsonl")
+    wanted = rows[0]["round"] if which == "first" else rows[-1]["round"]
+    texts = [row["prompt"] + row["completion"] for row in rows if row["round"] == wanted]
+    path = run / f"texts-{which}.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    found = evaluate(str(where.asset("models/stories260K")), str(path), stage="pretrain")
+    return found["metrics"]["bits_per_byte"]
+
+
+def summary(where: Place, runs: list[tuple[float, int, Path]]) -> str:
+    """The table of all runs, and what follows from it."""
+    rows, gains, kls = [], [], {}
+    for price, seed, run in sorted(runs):
+        result = json.loads((run / "result.json").read_text())
+        before, after, change = result["before"], result["after"], result["difference"]["reward"]
+        texts = {which: fluency(where, run, which)["value"] for which in ("first", "last")}
+        probe = result["probe"]["difference"]["loss"]
+        rows.append(
+            (f"{price:g}", seed, interval(before["reward"], 2), interval(after["reward"], 2), interval(change, 2),
+             interval(after["kl"], 2), f"{texts['first']:.2f} -> {texts['last']:.2f}", f"{probe['value']:+.3f}",
+             f"{result['train_seconds']:.0f}")
+        )  # fmt: skip
+        if price == 0.02:
+            gains.append(change["value"])
+        if seed == 0:
+            kls[price] = after["kl"]["value"]
+    head = ("KL price", "seed", "reward before", "after", "difference", "KL to the start (nats)",
+            "bits per byte of texts under stories260K", "loss on the probe", "seconds of steps")  # fmt: skip
+    order = " > ".join(f"{kls[p]:.2f} at {p:g}" for p in PRICES)
+    spread = f" (standard deviation {statistics.stdev(gains):.2f})" if len(gains) > 1 else ""
+    falls = all(kls[a] > kls[b] for a, b in itertools.pairwise(PRICES))
+    gain = (
+        f"Over {len(gains)} seeds at price 0.02 the reward of held-out prompts rises by {statistics.mean(gains):+.2f}"
+        f"{spread}."
+    )
+    ordered = f"The final KL {'falls' if falls else 'does not fall'} as its price rises: {order}."
+    return f"{table(head, rows)}\n\n{gain} {ordered}"
+
+
+def checks(runs: list[tuple[float, int, Path]]) -> str:
+    """What every run of a stage with rollouts proves about itself."""
+    first, sampler, start = 0.0, 0.0, 0.0
+    for _, _, run in runs:
+        steps, seen = rows_of(run / "metrics.jsonl"), set[int]()
+        for row in rows_of(run / "rollouts.jsonl"):
+            seen.add(row["step"])
+        first = max([first, *(abs(s["ratio"] - 1) for s in steps if s["step"] in seen)])
+        sampler = max([sampler, *(s["sampler_error"] for s in steps)])
+        start = max(start, abs(steps[0].get("kl", 0.0)))
+    return (
+        f"In all {len(runs)} runs the largest |ratio - 1| at a round's first minibatch is {first:g}, the KL at the "
+        f"first step is {start:g}, and the sampler's log-prob of a token differs from the trainer's by {sampler:.1e} "
+        "nats at most."
+    )
+
+
+def side_by_side(run: Path, limit: int = 6) -> str:
+    """Completions of the same held-out prompts before and after."""
+    rows = [(row["prompt"], row["before"], row["after"]) for row in rows_of(run / "samples.jsonl")[:limit]]
+    clean = [tuple(" ".join(text.split()).replace("|", "\\|") for text in row) for row in rows]
+    return table(("prompt", "before", "after"), clean)
+
+
+def reward_note(run: Path) -> str:
+    """How good the reward model is."""
+    result = json.loads((run / "result.json").read_text())
+    return (
+        f"The reward is the log-odds of a positive review, clipped at 4, of a classifier made from the same base with "
+        f"{REVIEWS['train']:,} IMDB reviews (their last 128 tokens); its accuracy on {REVIEWS['eval']:,} others is "
+        f"{interval(result['after']['accuracy'])}. It judges prompt and completion together, as text."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit("run evidence/ppo.py or evidence/grpo.py")
