@@ -42,5 +42,22 @@ def selftest(recipe: RecipeLike | None = None, overrides: Sequence[str] = (), *,
     return {"passed": all(check.passed for check in checks), "checks": [_as_json(check) for check in checks]}
 
 
+def plan(
+    recipe: RecipeLike,
+    overrides: Sequence[str] = (),
+    *,
+    on: str | None = None,
+    price: float | None = None,
+    say: Say = _silent,
+) -> dict[str, Any]:
+    """What a run will take before a weight is loaded: bytes by line and peak, operations, seconds, other methods.
+
+    `on` is a device of the table (docs/plan.md) instead of this machine; `price` is what an hour of it costs.
+    """
+    from tunesmith.stages import planning
+
+    return planning.plan(_resolved(recipe, overrides), on=on, price=price, say=say)
+
+
 def _as_json(check: Check) -> dict[str, Any]:
     return {**asdict(check), "passed": check.passed}

@@ -1,4 +1,4 @@
-"""The commands about trust, before a run and after it: selftest."""
+"""The commands about trust, before a run and after it: plan, selftest."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tunesmith.cli_output import table
+from tunesmith.cli_output import duration, table
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of a table.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Values over the recipe's.")]
@@ -17,6 +17,20 @@ Say = Callable[[str], None]
 
 def register(app: typer.Typer, give: Give, say: Say) -> None:
     """Add the commands to `app`."""
+
+    @app.command()
+    def plan(
+        recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
+        overrides: Overrides = None,
+        *,
+        on: Annotated[str | None, typer.Option("--on", help="A device by name, such as RTX 4090 or H100.")] = None,
+        price: Annotated[float | None, typer.Option("--price", min=0.0, help="What an hour of it costs.")] = None,
+        as_json: AsJson = False,
+    ) -> None:
+        """Bytes by line, operations and time of a run, before a weight is loaded."""
+        from tunesmith import api
+
+        give(api.plan(recipe, overrides or (), on=on, price=price, say=say), as_json, _plan_lines)
 
     @app.command()
     def selftest(
@@ -41,3 +55,28 @@ def _selftest_lines(result: Mapping[str, Any]) -> list[str]:
         holds = "not tried" if check["error"] is None else ("yes" if check["passed"] else "NO")
         rows.append([check["name"], error, f"{check['limit']:.0e}", check["unit"], holds])
     return [*table(rows), "", "every law holds" if result["passed"] else "a law does NOT hold on this machine"]
+
+
+def _plan_lines(found: Mapping[str, Any]) -> list[str]:
+    """Bytes by line, whether it fits, time; then the same for other methods and devices."""
+    memory = found["memory"]
+    names = ("weights", "gradients", "optimizer", "activations", "head", "working", "rollouts", "runtime", "peak")
+    rows = [["memory", "GB"], *([name, f"{memory[name] / 1e9:.3f}"] for name in names if memory[name])]
+    lines = [f"{found['stage']} of {found['base']} on {found['on']}", "", *table(rows), ""]
+    verdict = "fits" if found["fits"] else "does NOT fit"
+    lines.append(f"peak {memory['peak'] / 1e9:.2f} GB {verdict} in the {found['room'] / 1e9:.1f} GB there are")
+    lines += [f"  {text}" for text in found["advice"]]
+    cost = "" if found["price"] is None else f", costs {found['price']:.2f}"
+    lines.append(
+        f"{found['steps']:,} steps, {found['tokens']:,} tokens, {found['flops']:.2e} operations, "
+        f"about {duration(found['seconds'])}{cost}"
+    )
+    methods = [["method", "trained", "weights, gradients, optimizer GB", "activations GB", "peak GB", "fits"]]
+    for row in found["methods"]:
+        sizes = [f"{row[name] / 1e9:.3f}" for name in ("states", "activations", "peak")]
+        methods.append([row["method"], f"{row['trainable_parameters']:,}", *sizes, "yes" if row["fits"] else "no"])
+    devices = [["device", "GB", "fits", "about"]]
+    for row in found["devices"]:
+        size, fits = f"{row['memory'] / 1e9:.0f}", "yes" if row["fits"] else "no"
+        devices.append([row["device"], size, fits, duration(row["seconds"])])
+    return [*lines, "", *table(methods), "", *table(devices)]

@@ -118,6 +118,16 @@ def load_backbone(
     return backbone.eval()
 
 
+def load_empty(base: str | Path, kind: Kind, *, classes: int = 2, trust: str | None = None) -> Any:
+    """The backbone without weights, on the meta device: shapes alone, for planning."""
+    config = load_config(base, trust=trust)
+    _refuse_unfit(base, config, kind)
+    if kind == "classifier":
+        config.num_labels = classes
+    with quiet(), explained(base, "configuration"), torch.device("meta"):
+        return _FACTORIES[kind][0].from_config(config, trust_remote_code=bool(getattr(config, "auto_map", None)))
+
+
 def _refuse_unfit(base: str | Path, config: Any, kind: Kind) -> None:
     """A base of another kind is refused with the stages that fit it."""
     _, names, what = _FACTORIES[kind]
