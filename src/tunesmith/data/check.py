@@ -284,12 +284,11 @@ class _Ngrams:
         hashes = self._hashes(text, learn=False)
         if not len(hashes) or not len(self._keys):
             return
-        starts = np.searchsorted(self._keys, hashes)
-        found = starts[self._keys[np.minimum(starts, len(self._keys) - 1)] == hashes]
-        for start in found:
-            stop = np.searchsorted(self._keys, self._keys[start], side="right")
-            for owner in self._owner[start:stop]:
-                self._match.setdefault(int(owner), number)
+        start = np.searchsorted(self._keys, hashes)
+        count = np.searchsorted(self._keys, hashes, side="right") - start
+        within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        for owner in np.unique(self._owner[np.repeat(start, count) + within]):
+            self._match.setdefault(int(owner), number)
 
     def findings(self, train: Sequence[str], other: Sequence[str], taken: set[int]) -> Iterator[Finding]:
         """Eval rows, other than those found whole, that share a run of 13 words with a training row."""
