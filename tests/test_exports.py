@@ -23,8 +23,8 @@ SIGNATURES = {
     "runs_diff": "(a, b)",
     "runs_list": "(root='runs')",
     "runs_show": "(run)",
-    "sample": "(run_or_model, prompts, *, num=4, temperature=1.0, top_p=1.0, max_tokens=128, seed=0, to=None, limit=None,"
-    " say=_silent)",
+    "sample": "(run_or_model, prompts, *, num=4, temperature=1.0, top_p=1.0, max_tokens=128, seed=0, to=None,"
+    " limit=None, say=_silent)",
     "train": "(recipe, overrides=(), *, run=None, say=_silent, show=_silent)",
     "winrate": "(a, b, prompts, judge, *, judge_model=None, judge_key_env=None, judge_label=None, tie_margin=0.0,"
     " temperature=0.0, max_tokens=128, seed=0, to=None, limit=None, say=_silent)",

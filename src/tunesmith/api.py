@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.api_preferences import rank as rank
 from tunesmith.api_preferences import sample as sample
 from tunesmith.api_preferences import winrate as winrate
+from tunesmith.api_trust import plan as plan
 from tunesmith.api_trust import selftest as selftest
 from tunesmith.errors import RunError
 from tunesmith.recipe import Resolved, known_keys, load_recipe
@@ -134,7 +135,7 @@ def finetune(
     `data` is a file, folder or hub id, of which a tenth is held out, or the recipe's `data` section. `settings` are the
     recipe's other keys, whole sections (`train={"epochs": 3}`) or single ones by their own name (`epochs=3, rank=16`).
     """
-    section = dict(data) if isinstance(data, Mapping) else {"train": str(data)}
+    section: dict[str, Any] = dict(data) if isinstance(data, Mapping) else {"train": str(data)}
     if not {"eval", "split"} & set(section):
         section["split"] = {"eval": 0.1}
     recipe = {"stage": stage, "base": str(base), "data": section, "tune": {"method": method}}

@@ -41,7 +41,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command; the exit code. A user's error is one message on stderr, our own a traceback that says so."""
     if _COMPLETE in os.environ:
-        from typer.completion import completion_init
+        from typer.completion import completion_init  # pyright: ignore[reportPrivateImportUsage]
 
         completion_init()
     try:
@@ -247,7 +247,7 @@ def completion(shell: Annotated[str, typer.Argument(help="bash, zsh or fish.")])
     """Print the script that completes verbs and options; add `eval "$(tunesmith completion bash)"` to ~/.bashrc."""
     if shell not in ("bash", "zsh", "fish"):
         raise RecipeError(f"there is no completion for `{shell}`; take bash, zsh or fish")
-    from typer.completion import get_completion_script
+    from typer.completion import get_completion_script  # pyright: ignore[reportPrivateImportUsage]
 
     print(get_completion_script(prog_name="tunesmith", complete_var=_COMPLETE, shell=shell))
 

@@ -273,7 +273,9 @@ def prepare(
     device = settled_device(device or recipe.device)
     precision = precision or choose_precision(recipe.precision, device)
     base = base_path(recipe.base, folder)
-    record = base_record(base, trust=recipe.trust_remote_code) | {"name": recipe.base} | run_origin(base)
+    record: dict[str, Any] = (
+        base_record(base, trust=recipe.trust_remote_code) | {"name": recipe.base} | run_origin(base)
+    )
     tokenizer = load_tokenizer(base, trust=recipe.trust_remote_code)
     sets = read_sets(recipe, folder)
     say(f"data: {sets.train.describe()}")
