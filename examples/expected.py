@@ -44,7 +44,8 @@ def _machine(run: Path) -> str:
     found = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     threads = f"{found['threads']} thread{'s' if found['threads'] != 1 else ''}"
     versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("tunesmith", "torch", "transformers"))
-    return f"{found['device']}, {found['precision']}, {threads}; {versions}."
+    base = json.loads((run / "inputs.json").read_text(encoding="utf-8"))["base"]
+    return f"{found['device']}, {found['precision']}, {threads}; {versions}; base {base['name']} ({base['hash'][:12]})."
 
 
 def _curve(run: Path) -> str:
