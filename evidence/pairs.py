@@ -13,6 +13,7 @@ import numpy as np
 
 SEED = 42
 HELD_OUT = 0.2
+MARK = "\n\nAssistant:"
 Pair = tuple[str, str]
 
 
@@ -27,10 +28,11 @@ def instruction_pairs(source: Path) -> list[dict[str, str]]:
 
 
 def dialogue_pairs(source: Path) -> list[dict[str, str]]:
-    """Rows of hh-rlhf as they stand; those whose two dialogues are the same are left out."""
+    """Rows of hh-rlhf as they stand, if their two dialogues differ in the last answer and in nothing else."""
     with gzip.open(source, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    return [row for row in rows if row["chosen"] != row["rejected"]]
+    cut = [[text.rpartition(MARK) for text in (row["chosen"], row["rejected"])] for row in rows]
+    return [row for row, (a, b) in zip(rows, cut, strict=True) if a[0] == b[0] and a[2].strip() != b[2].strip()]
 
 
 def split(rows: Sequence[dict[str, str]], folder: Path) -> tuple[Path, Path]:
@@ -48,24 +50,14 @@ def split(rows: Sequence[dict[str, str]], folder: Path) -> tuple[Path, Path]:
 
 def key_of(row: dict[str, str]) -> str:
     """What the two answers reply to."""
-    return row["prompt"] if "prompt" in row else _common(row["chosen"], row["rejected"])[0]
+    return row["prompt"] if "prompt" in row else row["chosen"].rpartition(MARK)[0]
 
 
 def answers(row: dict[str, str]) -> Pair:
     """(better, worse), without what both begin with."""
     if "prompt" in row:
         return row["chosen"], row["rejected"]
-    _, better, worse = _common(row["chosen"], row["rejected"])
-    return better, worse
-
-
-def _common(better: str, worse: str) -> tuple[str, str, str]:
-    """(dialogue up to the last turn of the assistant, the better last turn, the worse)."""
-    mark = "\n\nAssistant:"
-    at = better.rfind(mark) + len(mark)
-    if worse[:at] != better[:at]:
-        at = worse.rfind(mark) + len(mark)
-    return better[:at], better[at:], worse[at:]
+    return row["chosen"].rpartition(MARK)[2], row["rejected"].rpartition(MARK)[2]
 
 
 def read(path: Path) -> list[dict[str, str]]:

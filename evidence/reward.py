@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,21 @@ from tunesmith.evaluate.intervals import bootstrap, mean_statistic
 SETS = {
     "instruction": ("data/instruction/instruction-data-with-preference.json", instruction_pairs, ()),
     "hh-rlhf": (
-        "data/hh-rlhf/harmless-base-test.jsonl.gz", dialogue_pairs, ("train.epochs=1", "data.max_length=128")
+        "data/hh-rlhf/harmless-base-test.jsonl.gz", dialogue_pairs,
+        ("data.on_bad_row=skip", "train.epochs=1", "data.max_length=128"),
     ),
 }  # fmt: skip
 """File, reader, and what is set otherwise than in the recipe: dialogues are long and many."""
 
 
 def main() -> None:
-    where, _ = place("reward")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--set", choices=SETS, action="append", help="only this set of preferences")
+    where, options = place("reward", parser)
     base = where.asset("models/tinystories-656K")
     sections = []
-    for name, (source, rows_of, settings) in SETS.items():
+    for name in options.set or SETS:
+        source, rows_of, settings = SETS[name]
         files = split(rows_of(where.asset(source)), where.runs / f"{name}-data")
         run = where.runs / name
         train(
@@ -54,6 +59,9 @@ def _summary(name: str, run: Path, train_file: Path, eval_file: Path) -> str:
         f"Held-out loss {interval(result['before']['loss'])} before, {interval(result['after']['loss'])} after; "
         f"expected calibration error {error:.3f}."
     )
+    best = max(shares, key=lambda n: shares[n]["value"])
+    ahead = shares[best]["value"] > result["after"]["accuracy"]["value"]
+    note += f" {best.capitalize()} does {'better' if ahead else 'no better'} than this model."
     compared = table(("accuracy on held-out pairs", "value [95 %]"), rows)
     return f"## {name}\n\n{note}\n\n{compared}\n\n{_reliability(result)}"
 
