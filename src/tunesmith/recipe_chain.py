@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from tunesmith.errors import RecipeError, several
+from tunesmith.errors import RecipeError, RunError, several
 from tunesmith.recipe import Recipe, Resolved, Written, apply_overrides, at_line, examine, leaves, merge, read_written
 from tunesmith.recipe_rules import does_nothing, idle_keys
 from tunesmith.recipe_yaml import parse_yaml, read_text
@@ -132,18 +132,27 @@ def load_chain(source: str | Path | Mapping[str, Any], overrides: Sequence[str] 
 
 
 def load_saved(path: Path, folder: Path) -> Chain:
-    """The chain that a chain's folder has saved: complete, so it is only checked for its types."""
-    raw, _ = parse_yaml(read_text(path), str(path))
-    names = [f"{i}-{entry['name']}" for i, entry in enumerate(raw["stages"], 1)]
-    stages = []
-    for name, entry in zip(names, raw["stages"], strict=True):
-        values = {"base": raw["base"], **{key: value for key, value in entry.items() if key not in _OWN_KEYS}}
-        recipe = Recipe.model_validate(values)
-        start = entry.get("from", "base")
-        parent = None if start == "base" else names.index(start)
-        rewards = tuple(names.index(part) for part in _reward_runs(values) if part in names)
-        stages.append(ChainStage(name, Resolved(recipe, {}, (), folder), parent, rewards, _notes(recipe, parent)))
-    return Chain(tuple(stages), raw.get("run"), folder)
+    """The chain that a chain's folder has saved: complete, so it is only checked for its types.
+
+    Raises `RunError` when it is missing or damaged.
+    """
+    try:
+        raw, _ = parse_yaml(read_text(path), str(path))
+        names = [f"{i}-{entry['name']}" for i, entry in enumerate(raw["stages"], 1)]
+        stages = tuple(_saved(entry, names, i, raw["base"], folder) for i, entry in enumerate(raw["stages"]))
+        return Chain(stages, raw.get("run"), folder)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # a recipe's own errors are ValueErrors
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(f"{path} is damaged ({why}); run the chain's own recipe again") from None
+
+
+def _saved(entry: Mapping[str, Any], names: Sequence[str], index: int, base: str, folder: Path) -> ChainStage:
+    values = {"base": base, **{key: value for key, value in entry.items() if key not in _OWN_KEYS}}
+    recipe = Recipe.model_validate(values)
+    start = entry.get("from", "base")
+    parent = None if start == "base" else names.index(start)
+    rewards = tuple(names.index(part) for part in _reward_runs(values) if part in names)
+    return ChainStage(names[index], Resolved(recipe, {}, (), folder), parent, rewards, _notes(recipe, parent))
 
 
 def _entries(written: Written) -> tuple[list[_Entry], list[str]]:

@@ -412,3 +412,10 @@ def test_a_supervised_stage_may_be_judged_by_a_reward_stage():
     found = full(stage("reward", "preferences"), judged, stage("sft", "pairs"))
     assert [s.rewards for s in found.stages] == [(), (0,), ()] and [s.parent for s in found.stages] == [None, None, 1]
     assert found.stages[1].resolved.recipe.reward.run == "1-reward"
+
+
+@pytest.mark.parametrize("text", ["", "stages: 3\n", "base: tiny\nstages:\n- {stage: sft}\n", "base: [\n", "- a\n"])
+def test_a_damaged_saved_chain_is_told_as_such(tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(RunError, match="is damaged"):
+        load_saved(tmp_path / "recipe.yaml", tmp_path)

@@ -51,8 +51,10 @@ def start(run: RunDir, chain: Chain, *, say: Say, show: Show) -> dict[str, Any]:
 
 def go_on(run: RunDir, *, say: Say, show: Show) -> dict[str, Any]:
     """Go on with an interrupted chain: finished stages stand, the one under way resumes exactly, the rest follow."""
-    folder = Path(run.read_json("chain")["recipe_folder"])
-    return _run(run, load_saved(run.file("recipe"), folder), again=True, say=say, show=show)
+    folder = run.read_json("chain").get("recipe_folder")
+    if not isinstance(folder, str):
+        raise RunError(f"{run.file('chain')} is damaged: it does not name the recipe's folder; run the recipe again")
+    return _run(run, load_saved(run.file("recipe"), Path(folder)), again=True, say=say, show=show)
 
 
 def check(chain: Chain, *, say: Say) -> dict[str, dict[str, Any]]:
