@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+
+_SECRETS = re.compile(r"(?<=://)[^/\s@]{1,300}(?=@)|\b(?:hf_|sk-)[A-Za-z0-9_-]{16,}")
+
+
+def masked(text: str) -> str:
+    """`text` without the login in an address and without access tokens: messages end in logs."""
+    return _SECRETS.sub("***", text)
 
 
 def printable(text: str) -> str:
@@ -17,13 +26,14 @@ def printable(text: str) -> str:
 class TunesmithError(Exception):
     """Base of all errors this program raises on purpose; `exit_code` is what the command line returns.
 
-    Messages quote names and text from the user's files, so they are made printable here, once for all.
+    Messages quote names and text from the user's files, so they are made printable, and secrets in them are masked,
+    here, once for all.
     """
 
     exit_code = 2
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(printable(str(message)))
+        super().__init__(printable(masked(str(message))))
 
 
 class RecipeError(TunesmithError, ValueError):
