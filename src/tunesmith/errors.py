@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-
 _SECRETS = re.compile(r"(?<=://)[^/\s@]{1,300}(?=@)|\b(?:hf_|sk-)[A-Za-z0-9_-]{16,}")
 
 
