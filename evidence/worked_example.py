@@ -30,6 +30,7 @@ METHODS = {
     "full": ("{method: full}", 5e-5),
 }
 """Method -> (the recipe's `tune` section, learning rate usual for it)."""
+NAMES = {"0": "Negative", "1": "Positive"}
 
 
 def main() -> None:
@@ -79,13 +80,15 @@ def _article(run: Path, tokens: int) -> str:
         found = line["metrics"]
         losses_of_epoch = f"{sum(inside) / len(inside):.4f}"
         rows.append((f"{line['epoch']:g}", losses_of_epoch, f"{found['loss']:.4f}", f"{found['accuracy']:.3f}"))
-    sentences = [(row["prompt"], row["before"], row["after"]) for row in rows_of(run / "samples.jsonl")]
+    samples = rows_of(run / "samples.jsonl")
+    sentences = [(row["prompt"], NAMES[row["before"]], NAMES[row["after"]]) for row in samples]
+    best = next(line["epoch"] for line in rows_of(run / "evaluations.jsonl") if line["step"] == result["best_step"])
     return "\n\n".join(
         [
             "## The article's recipe\n\nLoRA r 4, alpha 32, dropout 0.01 on the query projections of all-MiniLM-L6-v2, "
             f"learning rate 1e-3, 4 reviews a step, the last {tokens} tokens of each; "
             f"{result['trainable_parameters']:,} of {result['total_parameters']:,} parameters train. Best epoch by "
-            f"accuracy: {result['best_step'] / 250:g}, kept; its accuracy is {interval(result['after']['accuracy'])}, "
+            f"accuracy: {best:g}, kept; its accuracy is {interval(result['after']['accuracy'])}, "
             f"untrained {interval(result['before']['accuracy'])}, paired difference "
             f"{interval(result['difference']['accuracy'])}. It was chosen on the rows it is reported on, as in the "
             "article.",
@@ -113,7 +116,7 @@ def _methods(runs: dict[str, Path], options: argparse.Namespace) -> str:
         )  # fmt: skip
     head = ("method", "rate", "trainable", "accuracy", "by epoch", "s/step", "peak MiB", "saved MB")
     note = (
-        f"The last {options.method_tokens} tokens of each review, {options.epochs} epochs of 250 steps of 4, one seed; "
+        f"The last {options.method_tokens} tokens of each review, 4 reviews a step, epochs: {options.epochs}; one seed; "
         "the best epoch is kept. Seconds are medians on a machine that others used too: compare them with care."
     )
     return f"## Five ways\n\n{note}\n\n{table(head, rows)}"
