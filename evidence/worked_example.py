@@ -116,7 +116,7 @@ def _methods(runs: dict[str, Path], options: argparse.Namespace) -> str:
         )  # fmt: skip
     head = ("method", "rate", "trainable", "accuracy", "by epoch", "s/step", "peak MiB", "saved MB")
     note = (
-        f"The last {options.method_tokens} tokens of each review, 4 reviews a step, epochs: {options.epochs}; one seed; "
+        f"The last {options.method_tokens} tokens of each review, 4 a step, epochs: {options.epochs}; one seed; "
         "the best epoch is kept. Seconds are medians on a machine that others used too: compare them with care."
     )
     return f"## Five ways\n\n{note}\n\n{table(head, rows)}"
