@@ -20,6 +20,7 @@ from tunesmith.data.batches import collate
 from tunesmith.data.kinds import Message
 from tunesmith.errors import RecipeError
 from tunesmith.evaluate.preference import PreferenceResult
+from tunesmith.evaluate.report_preference import preference_section
 from tunesmith.model.load import load_backbone
 from tunesmith.model.packing import Layout
 from tunesmith.model.score import ScoreModel
@@ -225,3 +226,11 @@ def test_reliability_finds_a_model_that_is_too_sure() -> None:
         return float(found.reliability()["error"])
 
     assert error(1.0) < 0.03 < 0.08 < error(4.0)
+
+
+@pytest.mark.parametrize("broken", [None, 3, {"bins": 3}, {"bins": [None, {"n": "many"}]}])
+def test_a_damaged_reliability_table_is_left_out_of_the_page(broken: object) -> None:
+    assert not preference_section({"reliability": broken, "calibration": {"shift": "far"}})
+    row = {"n": 5, "predicted": 0.7, "observed": 0.8, "low": 0.4, "high": 0.9}
+    shown = preference_section({"reliability": {"bins": [row], "error": "<script>"}})
+    assert "0.7000" in shown and "<script>" not in shown

@@ -18,7 +18,8 @@ def preference_section(result: Mapping[str, Any]) -> Markup:
 
 def _reliability(result: Mapping[str, Any]) -> Markup:
     found = result.get("reliability")
-    bins = [b for b in found.get("bins", []) if _whole(b)] if isinstance(found, Mapping) else []
+    listed = found.get("bins") if isinstance(found, Mapping) else None
+    bins = [entry for entry in listed if _whole(entry)] if isinstance(listed, list) else []
     if not bins or not isinstance(found, Mapping):
         return Markup("")
     rows = [
