@@ -243,7 +243,8 @@ error. Every key can be given on the command line as `key.path=value`.
 
 A value comes from the recipe (`user`), the command line (`override`), a file it extends (`extends FILE`), a fixed
 `default`, or is `derived` from stage and method; `origins.json` in the run says which. `extends: other.yaml` takes the
-keys of another recipe beside this one; the nearer file wins.
+keys of another recipe beside this one; the nearer file wins. `stages:` makes a recipe a [chain](chain.md): a list of
+recipes, in which each entry may also have `name` and `from`.
 
 Paths are looked for beside the recipe first, then from the working directory."""
 
