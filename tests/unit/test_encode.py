@@ -171,7 +171,7 @@ def test_a_row_that_does_not_fit_the_stage_is_refused_with_its_place():
 def test_answers_to_one_prompt_are_one_group_with_their_ranks():
     encoder = Encoder(_tokenizer(), "reward", 64)
     samples = encoder(Ranking((Message("user", "q"),), ("a", "b", "c"), (2, 1, 2), "f:1"))
-    assert [s.label for s in samples] == [2, 1, 2] and len({s.group for s in samples}) == 1
+    assert [s.label for s in samples] == [(2, 0), (1, 0), (2, 0)] and len({s.group for s in samples}) == 1
     assert encoder(Ranking((Message("user", "q"),), ("a", "b"), (1, 1))) == []
     assert encoder.tally["dropped_nothing_to_compare"] == 1
 
