@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from tunesmith.batch import Batch, Outputs
@@ -38,10 +38,10 @@ class Actor:
     frozen copy where everything trains, and exactly the policy itself before the first step.
     """
 
-    def __init__(self, model: LanguageModel, *, device: str = "cpu") -> None:
+    def __init__(self, model: LanguageModel, *, device: str = "cpu", start: nn.Module | None = None) -> None:
+        """`start` is the untrained backbone where `model` has been trained already."""
         self.model, self.device = model, device
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad and _of_policy(name)]
-        self._start = {name: parameter.detach().clone() for name, parameter in trained}
+        self._start = _trainable(model) if start is None else _trainable(start.to(device), "backbone.")
 
     @torch.no_grad()
     def answer(self, batch: Batch) -> Outputs:
@@ -75,11 +75,16 @@ class Actor:
         return error
 
 
-def _of_policy(name: str) -> bool:
-    return not name.startswith("critic.")
+def _trainable(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Copies of what trains of the policy, by name; a critic is not part of it."""
+    return {
+        prefix + name: parameter.detach().clone()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and not name.startswith("critic.")
+    }
 
 
-def without_dropout(model: torch.nn.Module) -> list[str]:
+def without_dropout(model: nn.Module) -> list[str]:
     """Set every dropout rate in `model` to 0; returns the modules that had one.
 
     A ratio of probabilities of the same weights must be 1, which two draws of a mask would spoil.
@@ -92,9 +97,9 @@ def without_dropout(model: torch.nn.Module) -> list[str]:
     return changed
 
 
-def _rates(module: torch.nn.Module) -> list[str]:
+def _rates(module: nn.Module) -> list[str]:
     keys = [key for key, value in vars(module).items() if type(value) is float and value > 0 and "dropout" in key]
-    return keys + (["p"] if isinstance(module, torch.nn.Dropout) and module.p > 0 else [])
+    return keys + (["p"] if isinstance(module, nn.Dropout) and module.p > 0 else [])
 
 
 def take_tokens(rows: Tensor, batch: Batch, indices: Sequence[int], counts: Sequence[int], values: Tensor) -> None:

@@ -62,7 +62,7 @@ class Job:
     base: str = ""
     folder: Path = field(default_factory=Path)
     run: RunDir | None = None
-    say: Callable[[str], None] = print
+    say: Callable[[str], None] = lambda _: None
     start: Callable[[], Any] | None = None
     """Loads the backbone as it was before training, where `backbone` has been trained already."""
 

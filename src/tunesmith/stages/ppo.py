@@ -76,12 +76,20 @@ def build(job: Job) -> Built:
     """The stage, measured by the mean reward of held-out prompts."""
     spec, sampling = job.recipe.ppo, job.recipe.sampling
     assert spec is not None and sampling is not None, "the recipe is resolved"
-    critic = ValueHead(job.backbone.config.get_text_config().hidden_size) if spec.critic == "shared" else _own(job)
-    model = make_policy(job, critic=critic, learn_entropy=spec.entropy_coef > 0)
+    model = make_policy(job, critic=_critic(job, spec), learn_entropy=spec.entropy_coef > 0)
     per_prompt = sampling.num_per_prompt or 1
     rounds = Rounds(spec.rollouts // per_prompt, per_prompt, spec.epochs, spec.minibatches)
     objective = Ppo(spec.clip, spec.value_coef, spec.value_clip, spec.entropy_coef)
     return build_online(job, model, objective, EpisodeMethod(spec), rounds, mix=_text_mix(job, spec))
+
+
+def _critic(job: Job, spec: PpoSpec) -> nn.Module | None:
+    """None where nothing is trained: a finished run has only its policy."""
+    if job.start is not None:
+        return None
+    if spec.critic == "shared":
+        return ValueHead(job.backbone.config.get_text_config().hidden_size)
+    return _own(job)
 
 
 def _own(job: Job) -> nn.Module:

@@ -204,10 +204,7 @@ def make_encoder(recipe: Recipe, tokenizer: Any, labels: tuple[str, ...], contex
 def _encode(
     records: Records, encoder: Encoder, what: str, recipe: Recipe, context_tokens: int | None, *, say: Say
 ) -> SampleStore | PromptSet:
-    online = recipe.stage in ONLINE
-    store = (
-        _prompts(records, encoder, recipe, context_tokens) if online else build_store(records, encoder, cache_folder())
-    )
+    store = store_of(records, encoder, recipe, context_tokens)
     if len(store) == 0:
         raise DataError(f"no {what} sample is left after encoding; look at data.on_too_long and data.max_length")
     say(f"{what}: {len(store):,} samples, {store.num_tokens:,} tokens")
@@ -216,16 +213,21 @@ def _encode(
     return store
 
 
+def store_of(records: Records, encoder: Encoder, recipe: Recipe, context_tokens: int | None) -> SampleStore | PromptSet:
+    """The records as the stage takes them: encoded samples, or prompts with their rows."""
+    if recipe.stage in ONLINE:
+        return _prompts(records, encoder, recipe, context_tokens)
+    return build_store(records, encoder, cache_folder())
+
+
 def _prompts(records: Records, encoder: Encoder, recipe: Recipe, context_tokens: int | None) -> PromptSet:
     """Prompts that leave room for their completions in what the model takes."""
     assert recipe.sampling is not None, "the recipe is resolved"
     answer, longest = recipe.sampling.max_tokens, recipe.data.max_length or 1 << 20
     room = "data.max_length"
     if context_tokens is not None and context_tokens - answer < longest:
-        longest, room = (
-            context_tokens - answer,
-            f"the model takes {context_tokens:,}, sampling.max_tokens is {answer:,}",
-        )
+        longest = context_tokens - answer
+        room = f"the model takes {context_tokens:,}, sampling.max_tokens is {answer:,}"
     if longest < 1:
         raise RecipeError(f"sampling.max_tokens is {answer} and {recipe.base} takes {context_tokens} tokens in all, "
                           "which leaves no room for a prompt; lower it")  # fmt: skip

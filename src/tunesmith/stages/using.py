@@ -10,7 +10,6 @@ from typing import Any
 
 from tunesmith.data.encode import prompt_ids
 from tunesmith.data.records import read_records
-from tunesmith.data.store import build_store
 from tunesmith.data.templates import get_template
 from tunesmith.errors import DataError, ModelError, RecipeError, RunError
 from tunesmith.export.merge import export_run
@@ -30,11 +29,11 @@ from tunesmith.stages.prepare import (
     STAGES,
     Say,
     Sets,
-    cache_folder,
     labels_of,
     load_model,
     make_encoder,
     read_sets,
+    store_of,
     tally,
 )
 
@@ -47,13 +46,13 @@ def evaluate(target: str | Path, data: str, *, stage: str | None, say: Say) -> d
     labels = model.labels or (_own_labels(model.base, sets) if model.recipe.stage == "classify" else ())
     backbone = model.backbone if model.backbone is not None else load_model(model.recipe, model.base, labels)
     context = base_record(model.base, trust=model.recipe.trust_remote_code)["context_tokens"]
-    store = build_store(sets.train, make_encoder(model.recipe, model.tokenizer, labels, context), cache_folder())
+    store = store_of(sets.train, make_encoder(model.recipe, model.tokenizer, labels, context), model.recipe, context)
     say(f"{sets.train.describe()}: {len(store):,} samples")
     for text in tally(store):
         say(text)
     job = Job(
         model.recipe, model.tokenizer, Inputs(store, store, None, label_names=labels), backbone, model.trainable,
-        model.device, model.precision, base=model.base, say=say,
+        model.device, model.precision, base=model.base, folder=_folder_of(run), say=say,
         start=None if run is None else partial(finals.untrained, run),
     )  # fmt: skip
     return _evaluation(str(target), data, model.recipe, STAGES[model.recipe.stage].build(job).measure(store, True))
@@ -71,6 +70,11 @@ class _Model:
     precision: str
     labels: tuple[str, ...] = ()
     backbone: Any = None
+
+
+def _folder_of(run: RunDir | None) -> Path:
+    """Where the paths of a run's recipe begin."""
+    return Path.cwd() if run is None else Path(run.read_json("inputs")["recipe_folder"])
 
 
 def find_run(target: str | Path) -> RunDir | None:
