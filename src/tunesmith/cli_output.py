@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ def result_lines(result: Mapping[str, Any]) -> list[str]:
 def quickstart_lines(result: Mapping[str, Any]) -> list[str]:
     """The figures that matter to a newcomer, some examples, and what to do next."""
     held_out = result["test"] if isinstance(result.get("test"), Mapping) else result
-    lines = _beside(held_out) if held_out.get("baselines") else result_lines({**result, **held_out})
+    lines = _beside(held_out) if held_out.get("baselines") else result_lines(result)
     lines += ["", *_example_lines(result.get("examples") or ())]
     lines += [f"report  {result['report']}", f"recipe  {result['recipe']}", "", "next:"]
     return lines + table([[f"  {command}", "# " + why] for command, why in result["next"]], right=False)
@@ -99,7 +100,7 @@ _TITLES = (("prompt", "prompt"), ("before", "before"), ("after ", "after"), ("wa
 
 
 def _one_line(text: Any, width: int = 140) -> str:
-    flat = " ".join(str(text).split())
+    flat = " ".join(re.sub(r"<\|\w+\|>", " ", str(text)).split())
     return flat if len(flat) <= width else flat[: width - 1] + "…"
 
 

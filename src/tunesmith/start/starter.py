@@ -23,7 +23,7 @@ from tunesmith.start.written import quoted, recipe_text, write_new
 Say = Callable[[str], None]
 _COMMENT_AT = 40
 _LONGEST_ANSWER = 256
-_SMALL_RATE = {"classify": 3e-3, "sft": 3e-3, "pretrain": 1e-3, "reward": 2e-3, "dpo": 1e-3, "ppo": 1e-3, "grpo": 1e-3}
+_SMALL_RATE = {"classify": 5e-3, "sft": 3e-3, "pretrain": 1e-3, "reward": 2e-3, "dpo": 1e-3, "ppo": 1e-3, "grpo": 1e-3}
 """Learning rates of LoRA on the embedded base, which is far smaller than what the usual rates are made for."""
 _WHAT = {
     "pretrain": "More of the same reading: the model goes on predicting the next token of your text.",
