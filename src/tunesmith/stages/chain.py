@@ -77,12 +77,13 @@ def check(chain: Chain, *, say: Say) -> dict[str, dict[str, Any]]:
             "stage": recipe.stage,
             "starts_from": _start_name(chain, stage),
             "reward": ", ".join(chain.stages[i].name for i in stage.rewards) or None,
+            "notes": [*stage.notes, *stage.resolved.warnings],
         }
     if problems:
         raise several(problems, RecipeError, headline="this chain cannot run:")
     say("chain: " + ", ".join(f"{name} from {f['starts_from']}" for name, f in found.items()))
     for stage in chain.stages:
-        for note in (*stage.notes, *stage.resolved.warnings):
+        for note in stage.notes:
             say(f"{stage.name}: {note}")
     return found
 
