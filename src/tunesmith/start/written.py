@@ -14,15 +14,18 @@ STAGES = ("classify", "sft", "pretrain", "reward", "dpo", "ppo", "grpo", "chain"
 """Stages that have a recipe here, in the order in which a newcomer meets them."""
 _RATE = re.compile(r"^\s*learning_rate:.*\n|, learning_rate: [\d.e-]+", re.MULTILINE)
 
+_FULL = re.compile(r"tune: \{method: full\}( +#.*)?")
+
 
 def recipe_text(stage: str, base: str | None = None) -> str:
-    """The stage's recipe. With another base, without the learning rate, which is right for the embedded one alone."""
+    """The stage's recipe. With another base, without learning rate and full tuning, which suit a tiny one."""
     if stage not in STAGES:
         raise RecipeError(_unknown(stage))
     text = files("tunesmith.start").joinpath("recipes", f"{stage}.yaml").read_text(encoding="utf-8")
     if base is None or base == BASE:
         return text
-    return _RATE.sub("", re.sub(r"^base: \S+( +#.*)?$", lambda _: f"base: {quoted(base)}", text, flags=re.MULTILINE))
+    text = re.sub(r"^base: \S+( +#.*)?$", lambda _: f"base: {quoted(base)}", text, flags=re.MULTILINE)
+    return _RATE.sub("", _FULL.sub("tune: {method: lora, rank: 16}", text))
 
 
 def _unknown(stage: str) -> str:
