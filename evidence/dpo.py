@@ -51,8 +51,13 @@ def _win_rate(run: Path, base: Path, judge: Path, eval_file: Path, folder: Path)
     found = tunesmith.winrate(
         str(run), str(base), str(eval_file), judge=f"reward:{judge}", max_tokens=64, to=folder / "winrate.jsonl"
     )
-    note = f"{found['verdict']} {found['wins']} wins, {found['ties']} ties, {found['losses']} losses."
-    return f"## Win rate over its own start\n\nJudge: the reward model of evidence/reward.py. {note}"
+    rate = found["win_rate"]
+    told = "no measurable difference" if rate["low"] <= 0.5 <= rate["high"] else "a measurable difference"
+    counts = f"{found['wins']} wins, {found['ties']} ties, {found['losses']} losses"
+    return (
+        "## Win rate over its own start\n\nJudge: the reward model of evidence/reward.py; greedy completions of at most 64 "
+        f"tokens, a tie counts half. {interval(rate)}: {told} ({counts})."
+    )
 
 
 def _samples(run: Path) -> str:
