@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -57,6 +58,34 @@ def plan(
     from tunesmith.stages import planning
 
     return planning.plan(_resolved(recipe, overrides), on=on, price=price, say=say)
+
+
+def compare(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    tune: Sequence[str] = (),
+    bases: Sequence[str] = (),
+    grid: Sequence[str] = (),
+    seeds: int = 1,
+    budget: str | None = None,
+    to: str | None = None,
+    say: Say = _silent,
+) -> dict[str, Any]:
+    """Train a recipe in several ways and set them side by side: `{rows, best, recommendation, left_out, test}`.
+
+    `tune` holds methods (`full`, `last_layers=1`, `lora:rank=4`), `bases` models, `grid` `key.path=value,value`; every
+    combination is a run under runs/`to`, judged on the held-out rows. `budget` (`10m`) bounds the time of all runs. The
+    same call again goes on where it stopped. The test rows are measured once, with the winner.
+    """
+    from tunesmith.stages import comparing
+
+    trials = comparing.trials_of(str(recipe), overrides, tune=tune, bases=bases, grid=grid, seeds=seeds)
+    folder = Path("runs") / (to or f"compare-{Path(recipe).stem}")
+    limit = None if budget is None else comparing.seconds_of(budget)
+    found = comparing.compare(trials, folder, budget_seconds=limit, say=say, measure_test=comparing.measure_test)
+    (folder / "comparison.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
 
 
 def _as_json(check: Check) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The commands about trust, before a run and after it: plan, selftest."""
+"""The commands about trust, before a run and after it: plan, compare, selftest."""
 
 from __future__ import annotations
 
@@ -33,6 +33,28 @@ def register(app: typer.Typer, give: Give, say: Say) -> None:
         give(api.plan(recipe, overrides or (), on=on, price=price, say=say), as_json, _plan_lines)
 
     @app.command()
+    def compare(
+        recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file, with held-out rows.")],
+        overrides: Overrides = None,
+        *,
+        tune: Annotated[str | None, typer.Option("--tune", help="full,last_layers=1,head,lora:rank=4,...")] = None,
+        base: Annotated[str | None, typer.Option("--base", help="Models, separated by commas.")] = None,
+        grid: Annotated[list[str] | None, typer.Option("--grid", help="key=value,value; may be repeated.")] = None,
+        seeds: Annotated[int, typer.Option("--seeds", min=1)] = 1,
+        budget: Annotated[str | None, typer.Option("--budget", help="Time for all runs: 90s, 10m, 2h.")] = None,
+        to: Annotated[str | None, typer.Option("--to", help="Name of the comparison under ./runs.")] = None,
+        as_json: AsJson = False,
+    ) -> None:
+        """Train a recipe in several ways and set quality, cost and size side by side, with a recommendation."""
+        from tunesmith import api
+
+        found = api.compare(
+            recipe, overrides or (), tune=_listed(tune), bases=_listed(base), grid=grid or (), seeds=seeds,
+            budget=budget, to=to, say=say,
+        )  # fmt: skip
+        give(found, as_json, _compare_lines)
+
+    @app.command()
     def selftest(
         recipe: Annotated[str | None, typer.Argument(help="A recipe; without one, the embedded model.")] = None,
         overrides: Overrides = None,
@@ -55,6 +77,29 @@ def _selftest_lines(result: Mapping[str, Any]) -> list[str]:
         holds = "not tried" if check["error"] is None else ("yes" if check["passed"] else "NO")
         rows.append([check["name"], error, f"{check['limit']:.0e}", check["unit"], holds])
     return [*table(rows), "", "every law holds" if result["passed"] else "a law does NOT hold on this machine"]
+
+
+def _listed(text: str | None) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()] if text else []
+
+
+def _compare_lines(found: Mapping[str, Any]) -> list[str]:
+    head = ["", found["metric"], "95 %", "before", "forgets", "trained", "seconds", "peak MB", "file MB", "seeds"]
+    rows = [head]
+    for row in found["rows"]:
+        forgets = "-" if row["forgetting"] is None else f"{row['forgetting']:+.3f}"
+        rows.append([
+            row["name"], f"{row['value']:.4f}", f"[{row['low']:.4f}, {row['high']:.4f}]", f"{row['before']:.4f}",
+            forgets, f"{row['trainable_parameters']:,}", f"{row['seconds']:.0f}",
+            f"{row['peak_memory_bytes'] / 1e6:,.0f}", f"{row['file_bytes'] / 1e6:.2f}", str(row["seeds"]),
+        ])  # fmt: skip
+    lines = [*table(rows), "", found["recommendation"]]
+    if found["left_out"]:
+        lines.append(f"left out, the budget was spent: {', '.join(found['left_out'])}")
+    if found.get("test"):
+        test = found["test"][found["metric"]]
+        lines.append(f"test rows, measured once, with {found['best']}: {test['value']:.4f}")
+    return lines
 
 
 def _plan_lines(found: Mapping[str, Any]) -> list[str]:
