@@ -211,8 +211,8 @@ class RewardSpec(Section):
     exact: bool | None = None
     """1 when the completion's answer is the row's `answer`, spaces and case folded."""
     answer_pattern: str | None = None
-    """Where the answer stands in a completion: `number` is its last number, `boxed` its last \\boxed{...}, anything else
-    a regular expression whose last match's first group it is. Without it: the whole completion."""
+    """Where the answer stands in a completion: `number` is its last number, `boxed` its last \\boxed{...}, anything
+    else a regular expression whose last match's first group it is. Without it: the whole completion."""
     length: LengthSpec | None = None
     """Reward by the number of tokens."""
     weights: dict[str, float] | None = None

@@ -134,7 +134,8 @@ def main() -> None:
     inputs = {"lengths": LENGTHS, "policy": policy.tolist(), "reference": reference.tolist(), "old": old.tolist(),
               "advantages": advantages().tolist(), "scores": scores.tolist()}  # fmt: skip
     made = {"trl": trl.__version__, "torch": torch.__version__.split("+")[0], "inputs": inputs, "losses": found}
-    Path(__file__).with_name("trl_numbers.json").write_text(json.dumps(made, separators=(",", ": ")) + "\n", encoding="utf-8")
+    text = json.dumps(made, separators=(",", ": ")) + "\n"
+    Path(__file__).with_name("trl_numbers.json").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
