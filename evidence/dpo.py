@@ -55,8 +55,8 @@ def _win_rate(run: Path, base: Path, judge: Path, eval_file: Path, folder: Path)
     told = "no measurable difference" if rate["low"] <= 0.5 <= rate["high"] else "a measurable difference"
     counts = f"{found['wins']} wins, {found['ties']} ties, {found['losses']} losses"
     return (
-        "## Win rate over its own start\n\nJudge: the reward model of evidence/reward.py; greedy completions of at most "
-        f"64 tokens, a tie counts half. {interval(rate)}: {told} ({counts})."
+        "## Win rate over its own start\n\nJudge: the reward model of evidence/reward.py; greedy completions of at "
+        f"most 64 tokens, a tie counts half. {interval(rate)}: {told} ({counts})."
     )
 
 

@@ -54,8 +54,8 @@ def _summary(name: str, run: Path, train_file: Path, eval_file: Path) -> str:
     calibration, error = result["calibration"], result["reliability"]["error"]
     note = (
         f"{len(known):,} training pairs, {len(held):,} held out by prompt, cut to their last {tokens} tokens; "
-        f"the model saw the {calibration['demonstrations']:,} and {result['after']['accuracy']['n']:,} whose answers fit, "
-        "the baselines all. "
+        f"the model saw the {calibration['demonstrations']:,} and {result['after']['accuracy']['n']:,} whose answers "
+        "fit, the baselines all. "
         f"{result['tokens']:,} tokens in {result['train_seconds']:.0f} s of steps. {calibration['demonstrations']:,} "
         f"demonstrations averaged {calibration['shift']:+.3f} and average {calibration['mean']:+.0e} after the shift. "
         f"Held-out loss {interval(result['before']['loss'])} before, {interval(result['after']['loss'])} after; "
