@@ -11,11 +11,13 @@ import tunesmith
 SIGNATURES = {
     "chat": "(run, prompt, *, max_tokens=256, temperature=0.0, seed=0)",
     "check": "(recipe_or_data, overrides=(), *, say=_silent)",
+    "compare": "(recipe, overrides=(), *, tune=(), bases=(), grid=(), seeds=1, budget=None, to=None, say=_silent)",
     "evaluate": "(run_or_model, data, *, stage=None, say=_silent)",
     "export": "(run, to, format='adapter', *, push_to=None, say=_silent)",
     "finetune": "(base, data, stage, method='lora', *, say=_silent, show=_silent, **settings)",
     "init": "(stage=None, *, data=None, base=None, to=None, say=_silent)",
     "load_recipe": "(source, overrides=())",
+    "plan": "(recipe, overrides=(), *, on=None, price=None, say=_silent)",
     "predict": "(run, texts, *, max_tokens=256)",
     "quickstart": "(stage='classify', overrides=(), *, folder='quickstart', say=_silent, show=_silent)",
     "rank": "(file, *, ask, show, to=None, pairs=None, seed=0)",
@@ -25,6 +27,7 @@ SIGNATURES = {
     "runs_show": "(run)",
     "sample": "(run_or_model, prompts, *, num=4, temperature=1.0, top_p=1.0, max_tokens=128, seed=0, to=None,"
     " limit=None, say=_silent)",
+    "selftest": "(recipe=None, overrides=(), *, say=_silent)",
     "train": "(recipe, overrides=(), *, run=None, say=_silent, show=_silent)",
     "winrate": "(a, b, prompts, judge, *, judge_model=None, judge_key_env=None, judge_label=None, tie_margin=0.0,"
     " temperature=0.0, max_tokens=128, seed=0, to=None, limit=None, say=_silent)",

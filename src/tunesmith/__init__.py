@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from tunesmith.api import (
         chat,
         check,
+        compare,
         evaluate,
         export,
         finetune,
         init,
+        plan,
         predict,
         quickstart,
         rank,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
         runs_list,
         runs_show,
         sample,
+        selftest,
         train,
         winrate,
     )
@@ -45,8 +48,8 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "api": (
-        "chat", "check", "evaluate", "export", "finetune", "init", "predict", "quickstart", "rank", "resume",
-        "runs_diff", "runs_list", "runs_show", "sample", "train", "winrate",
+        "chat", "check", "compare", "evaluate", "export", "finetune", "init", "plan", "predict", "quickstart", "rank",
+        "resume", "runs_diff", "runs_list", "runs_show", "sample", "selftest", "train", "winrate",
     ),
     "errors": (
         "DataError", "DiskError", "Interrupted", "ModelError", "NonFiniteError", "RecipeError", "RunError",
@@ -68,11 +71,13 @@ __all__ = [
     "__version__",
     "chat",
     "check",
+    "compare",
     "evaluate",
     "export",
     "finetune",
     "init",
     "load_recipe",
+    "plan",
     "predict",
     "quickstart",
     "rank",
@@ -81,13 +86,14 @@ __all__ = [
     "runs_list",
     "runs_show",
     "sample",
+    "selftest",
     "train",
     "winrate",
 ]
 
-# A package is put into its parent's names when it is first loaded. Loaded here (they are empty), these two cannot
+# A package is put into its parent's names when it is first loaded. Loaded here (they are empty), these cannot
 # take the place of the verbs of the same name later.
-for _name in ("evaluate", "export"):
+for _name in ("evaluate", "export", "plan"):
     import_module(f"tunesmith.{_name}")
     del globals()[_name]
 

@@ -59,8 +59,8 @@ def test_a_wrong_trial_stops_all_before_any_runs(recipe):
 
 def result(accuracy, seconds=10.0, trained=100):
     entry = {"value": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.05, "n": 100}
-    return {"after": {"accuracy": entry}, "before": {"accuracy": entry | {"value": 0.5}}, "seconds": seconds,
-            "trainable_parameters": trained, "total_parameters": 1000, "peak_memory_bytes": 1, "export_bytes": 1}  # fmt: skip
+    sizes = {"trainable_parameters": trained, "total_parameters": 1000, "peak_memory_bytes": 1, "export_bytes": 1}
+    return {"after": {"accuracy": entry}, "before": {"accuracy": entry | {"value": 0.5}}, "seconds": seconds} | sizes
 
 
 def fake(results, ran):
