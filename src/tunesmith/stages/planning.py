@@ -53,7 +53,14 @@ def plan(resolved: Resolved, *, on: str | None, price: float | None, say: Say) -
     base = base_path(recipe.base, resolved.folder)
     record = base_record(base, trust=recipe.trust_remote_code)
     tokenizer = load_tokenizer(base, trust=recipe.trust_remote_code)
-    inputs = make_inputs(recipe, read_sets(recipe, resolved.folder), tokenizer, record["context_tokens"], say=_quiet)
+    inputs = make_inputs(
+        recipe,
+        read_sets(recipe, resolved.folder),
+        tokenizer,
+        record["context_tokens"],
+        folder=resolved.folder,
+        say=_quiet,
+    )
     load = _load(recipe, tokenizer, inputs, device)
     runtime = 0 if target is not None or device != "cpu" else peak_memory_bytes()
     classes = 1 if recipe.stage == "reward" else max(2, len(inputs.label_names))

@@ -91,11 +91,13 @@ def _split(recipe: Recipe, records: Records) -> tuple[Records, Records | None, R
 
 
 def locate(spec: str, folder: Path) -> str:
-    """A path of the recipe: relative to the recipe's folder when something is there, else as it stands."""
+    """A path of the recipe, `FOLDER:split` too: relative to the recipe's folder when something is there, else as it
+    stands."""
     if Path(spec).is_absolute():
         return spec
-    beside = folder / Path(spec).expanduser()
-    if beside.exists() or (any(c in spec for c in "*?[") and list(folder.glob(spec))):
+    beside, split_of = (folder / Path(text).expanduser() for text in (spec, spec.rpartition(":")[0]))
+    found = beside.exists() or (":" in spec and split_of != folder and split_of.is_dir())
+    if found or (any(c in spec for c in "*?[") and list(folder.glob(spec))):
         return str(beside)
     return spec
 
@@ -114,8 +116,10 @@ def labels_of(records: Iterable[Record]) -> tuple[str, ...]:
     )
 
 
-def make_inputs(recipe: Recipe, sets: Sets, tokenizer: Any, context_tokens: int | None, *, say: Say) -> Inputs:
-    """Check the records, then encode them; what was noticed is said and kept."""
+def make_inputs(
+    recipe: Recipe, sets: Sets, tokenizer: Any, context_tokens: int | None, *, folder: Path, say: Say
+) -> Inputs:
+    """Check the records, then encode them; what was noticed is said and kept. Paths begin in `folder`."""
     labels = label_names(recipe, sets) if recipe.stage == "classify" else ()
     findings = [*map(str, look_at(recipe, sets)), *left_out(sets)]
     for finding in findings:
@@ -135,7 +139,7 @@ def make_inputs(recipe: Recipe, sets: Sets, tokenizer: Any, context_tokens: int 
         train,
         stores["held-out"],
         stores["test"],
-        probe(recipe, tokenizer, context_tokens),
+        probe(recipe, folder, tokenizer, context_tokens),
         labels,
         notes,
         bad_rows(sets),
@@ -242,12 +246,12 @@ def tally(store: SampleStore | PromptSet) -> list[str]:
     return [f"{name.replace('_', ' ')}: {count:,}" for name, count in sorted(store.tally.items()) if count]
 
 
-def probe(recipe: Recipe, tokenizer: Any, context_tokens: int | None) -> SampleStore | None:
+def probe(recipe: Recipe, folder: Path, tokenizer: Any, context_tokens: int | None) -> SampleStore | None:
     """General text outside the task, on which forgetting is measured; the built-in one unless the recipe names one."""
     if recipe.stage in ("classify", "mlm", "reward"):
         return None
     if recipe.evaluate.probe is not None:
-        records: Records = read_records(recipe.evaluate.probe, stage="pretrain")
+        records: Records = read_records(locate(recipe.evaluate.probe, folder), stage="pretrain")
     else:
         records = _BuiltInProbe()
     longest = min(context_tokens or 512, 512)
@@ -281,7 +285,7 @@ def prepare(
     tokenizer = load_tokenizer(base, trust=recipe.trust_remote_code)
     sets = read_sets(recipe, folder)
     say(f"data: {sets.train.describe()}")
-    inputs = make_inputs(recipe, sets, tokenizer, record["context_tokens"], say=say)
+    inputs = make_inputs(recipe, sets, tokenizer, record["context_tokens"], folder=folder, say=say)
     backbone = load_model(recipe, base, inputs.label_names)
     trainable = make_trainable(backbone, trainable_spec(recipe, folder))
     if trainable.trainable == 0:
