@@ -99,5 +99,7 @@ def test_masks_depend_on_seed_step_and_sample_and_not_on_neighbours():
     assert together.input_ids[0][40:].tolist() == alone.input_ids[0].tolist()
     assert _masked([one], seed=1, step=4).input_ids.tolist() != alone.input_ids.tolist()
     assert _masked([one], seed=2, step=3).input_ids.tolist() != alone.input_ids.tolist()
+    here, there, next_row = (_masked([_sample(one.ids, origin=o)], seed=1) for o in ("/a/f:1", "/b/f:1", "/a/f:2"))
+    assert here.input_ids.tolist() == there.input_ids.tolist() != next_row.input_ids.tolist()
     short = _masked([_sample([5, 77, 6])], seed=1)
     assert short.weights.tolist() == [[0, 1, 0]], "at least one token of a sample is chosen"

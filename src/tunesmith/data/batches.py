@@ -74,12 +74,12 @@ def collate_mlm(
     """One flat row with holes; targets stand in place and weigh 1 where a token was chosen.
 
     Of the chosen tokens 80 % become the mask, 10 % a random token, 10 % stay (BERT, 1810.04805, 3.1). The choice
-    depends on (seed, step, the sample), not on its neighbours; at least one token of a sample is chosen.
+    depends on (seed, step, the sample), not on its neighbours or its folder; at least one token of it is chosen.
     """
     lengths = tuple(len(sample) for sample in samples)
     seen, weights = [], []
     for sample in samples:
-        draw = np.random.default_rng([seed, step, zlib.crc32(sample.ids.tobytes()), zlib.crc32(sample.origin.encode())])
+        draw = np.random.default_rng([seed, step, zlib.crc32(sample.ids.tobytes()), _place(sample.origin)])
         holes = _holes(sample, special_ids, rate, draw)
         kind = draw.random(len(sample))
         ids = sample.ids.astype(np.int64)
@@ -90,6 +90,11 @@ def collate_mlm(
     targets = np.concatenate([sample.ids for sample in samples]).astype(np.int64)
     columns = {name: np.concatenate([s.columns[name] for s in samples]) for name in samples[0].columns}
     return _flat(samples, lengths, np.concatenate(seen), targets, np.concatenate(weights), columns=columns)
+
+
+def _place(origin: str) -> int:
+    """A number for `file:line`, the same wherever the file's folder stands."""
+    return zlib.crc32(origin.replace("\\", "/").rpartition("/")[2].encode())
 
 
 def _holes(sample: Sample, special_ids: Sequence[int], rate: float, draw: np.random.Generator) -> NDArray[np.bool_]:
