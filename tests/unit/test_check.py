@@ -79,6 +79,8 @@ def test_duplicates_exact_and_near_are_counted_apart():
     assert (found["duplicates"].count, found["near_duplicates"].count) == (7, 5)
     assert found["duplicates"].examples[0] == "t:0 = t:200"
     assert not {"duplicates", "near_duplicates", "few_rows"} & set(_found([Text(t) for t in texts]))
+    again = [Text(t, f"t:{n}") for n, t in enumerate(texts)]
+    assert "duplicates" not in _found([*again, *again[:9]]), "a mix may read a row more than once"
 
 
 def test_labels_one_only_skewed_rare_contradicting_and_unseen():

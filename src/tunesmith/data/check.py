@@ -130,13 +130,13 @@ def _size(side: _Side) -> Iterator[Finding]:
 
 
 def _repeats(keys: Sequence[int], origins: Sequence[str]) -> tuple[int, tuple[str, ...]]:
-    """Rows whose key stood before, and the first of them with the row they repeat."""
+    """Rows whose key stood before, and the first of them with the row they repeat; a mix may read one twice."""
     first: dict[int, int] = {}
     count = 0
     examples: list[str] = []
     for number, key in enumerate(keys):
         before = first.setdefault(key, number)
-        if before != number:
+        if before != number and origins[before] != origins[number]:
             count += 1
             if len(examples) < MAX_EXAMPLES:
                 examples.append(f"{origins[before]} = {origins[number]}")
