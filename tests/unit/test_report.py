@@ -13,6 +13,7 @@ import pytest
 from tunesmith.errors import RunError
 from tunesmith.evaluate.card import write_card
 from tunesmith.evaluate.report import write_report
+from tunesmith.evaluate.run_files import data_facts, evaluations_of, read_run
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
 TOKEN = "hf_" + "a" * 30
@@ -245,3 +246,23 @@ def test_held_out_files_are_shown_one_by_one(tmp_path):
     (folder / "result.json").write_text(json.dumps(whole))
     page = write_report(folder).read_text()
     assert "By data set" in page and "medical&lt;b&gt;.jsonl" in page and "1.25" in page
+
+
+def test_the_untrained_model_is_the_first_row_of_the_evaluations(tmp_path: Path):
+    folder = write_run(tmp_path / "run")
+    lines = (folder / "evaluations.jsonl").read_text().splitlines(keepends=True)
+    (folder / "evaluations.jsonl").write_text("".join(lines[1:]))
+    steps = [line["step"] for line in evaluations_of(read_run(folder))]
+    assert steps == [0, 10, 20]
+    before = result(0.2, 0.4)["before"]
+    assert evaluations_of(read_run(folder))[0]["metrics"] == before
+    assert "| 0 | 0 |" in write_card(folder).read_text(encoding="utf-8")
+    (folder / "evaluations.jsonl").write_text("".join(lines))
+    assert [line["step"] for line in evaluations_of(read_run(folder))] == [0, 10, 20]
+
+
+def test_every_part_of_a_mix_is_named_among_the_data(tmp_path: Path):
+    folder = write_run(tmp_path / "run")
+    (folder / "recipe.yaml").write_text("stage: sft\ndata: {mix: [{path: a.jsonl, weight: 3.0}, {path: b.jsonl}]}\n")
+    facts = data_facts(read_run(folder))
+    assert facts["mix[0].path"] == "a.jsonl" and facts["mix[0].weight"] == 3.0 and facts["mix[1].path"] == "b.jsonl"

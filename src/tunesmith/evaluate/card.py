@@ -10,7 +10,7 @@ from typing import Any
 from tunesmith.evaluate.compare import NO_CHANGE, number
 from tunesmith.evaluate.report import amount_of, summary
 from tunesmith.evaluate.report_html import amount, clean, duration, is_number, size
-from tunesmith.evaluate.run_files import RunFiles, data_facts, dig, estimates, flat, read_run
+from tunesmith.evaluate.run_files import RunFiles, data_facts, dig, estimates, evaluations_of, flat, read_run
 from tunesmith.rundir import LAYOUT, write_whole
 
 UNSTATED = "not stated"
@@ -115,7 +115,7 @@ def _metric_rows(source: Mapping[str, Any]) -> list[Sequence[str]]:
 def _epochs(run: RunFiles) -> str:
     names = list(dict.fromkeys(n for line in run.evaluations for n in estimates(line.get("metrics"))))
     rows = []
-    for line in run.evaluations:
+    for line in evaluations_of(run) if run.evaluations else ():
         held = estimates(line.get("metrics"))
         values = [amount(held[n]["value"]) if n in held else "–" for n in names]
         rows.append((amount_of(line.get("epoch")), amount_of(line.get("step")), *values))

@@ -32,6 +32,7 @@ from tunesmith.evaluate.run_files import (
     dig,
     estimate,
     estimates,
+    evaluations_of,
     flat,
     read_run,
 )
@@ -182,14 +183,14 @@ def _curve(run: RunFiles) -> Markup:
 
 def evaluation_table(run: RunFiles) -> Markup:
     """One row an evaluation; the untrained model first."""
+    if not run.evaluations:
+        return Markup("")
     names = list(dict.fromkeys(n for line in run.evaluations for n in estimates(line.get("metrics"))))
     rows = []
-    for line in run.evaluations:
+    for line in evaluations_of(run):
         held = estimates(line.get("metrics"))
         values = [amount(held[n]["value"]) if n in held else "–" for n in names]
         rows.append((amount_of(line.get("step")), amount_of(line.get("epoch")), *values))
-    if not rows:
-        return Markup("")
     return table(("step", "epoch", *(n.replace("_", " ") for n in names)), rows, numeric=range(len(names) + 2))
 
 

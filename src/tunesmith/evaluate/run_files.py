@@ -58,7 +58,9 @@ class RunFiles:
 
 def data_facts(run: RunFiles) -> dict[str, Any]:
     """What is known of the data: where each set came from, its counts and its hash. No folder of this machine."""
-    named = {f"{k}.source": v for k, v in flat(dig(run.recipe, "data")).items() if k in ("train", "eval", "test")}
+    given = flat(dig(run.recipe, "data"))
+    named = {f"{k}.source": v for k, v in given.items() if k in ("train", "eval", "test")}
+    named |= {k: v for k, v in given.items() if k.startswith("mix[")}
     counted = flat(run.result.get("data")) or flat(run.inputs.get("data"))
     labels = {k: v for k, v in flat(run.inputs).items() if k in ("labels", "template")}
     return dict(sorted({**named, **counted}.items())) | labels
@@ -82,6 +84,14 @@ def read_run(run_dir: Path) -> RunFiles:
         folder, result, recipe, text, origins, environment, trainable, inputs,
         metrics, evaluations, samples, tuple(problems),
     )  # fmt: skip
+
+
+def evaluations_of(run: RunFiles) -> tuple[Json, ...]:
+    """Every evaluation on the held-out rows in order, the untrained model first."""
+    before = estimates(run.result.get("before"))
+    if not before or any(line.get("step") == 0 for line in run.evaluations):
+        return run.evaluations
+    return ({"step": 0, "epoch": 0, "metrics": before}, *run.evaluations)
 
 
 def estimates(metrics: Any) -> dict[str, Json]:
