@@ -115,7 +115,7 @@ class RunDir:
     def discard(self) -> None:
         """Remove the folder of a run that never began: only what a run's start itself has put there."""
         if not self.file("recipe").exists():
-            for name in ("lock", "origins", "inputs", "trainable", "environment"):
+            for name in ("lock", "origins", "inputs", "bad_rows", "trainable", "environment"):
                 self.file(name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 self.path.rmdir()
