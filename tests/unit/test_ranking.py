@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from tests.chains import write_rows
 
+import tunesmith.errors
 from tunesmith import api
 from tunesmith.data.records import Ranking, pairs_of, read_records
 from tunesmith.errors import DataError, RunError
@@ -106,16 +110,22 @@ def test_stopping_keeps_every_answer_and_goes_on_with_the_rest(tmp_path):
     assert rank(path, Person())["ranked"] == 4, "nothing is asked twice"
 
 
+DIES = """
+import os, signal, sys
+from pathlib import Path
+from tunesmith.stages.ranking import rank
+lines = ["ABCD", "DCBA"]
+ask = lambda question: lines.pop(0) if lines else os.kill(os.getpid(), signal.SIGKILL)
+rank(Path(sys.argv[1]), Path(sys.argv[2]), seed=0, ask=ask, show=lambda text: None)
+"""
+
+
 def test_an_answer_is_on_the_disk_before_the_next_question(tmp_path):
-    path = samples(tmp_path / "s.jsonl")
-    pid = os.fork()
-    if pid == 0:
-        lines = ["ABCD", "DCBA"]
-        kill = lambda question: lines.pop(0) if lines else os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
-        api.rank(path, ask=kill, show=lambda text: None)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    assert len(rows(tmp_path / "s.ranked.jsonl")) == 2
+    path, to = samples(tmp_path / "s.jsonl"), tmp_path / "r.jsonl"
+    environment = {**os.environ, "PYTHONPATH": str(Path(tunesmith.errors.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", DIES, path, to], env=environment, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert len(rows(to)) == 2
 
 
 @pytest.mark.parametrize("num, pairs", [(4, 6), (9, 36)])
