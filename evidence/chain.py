@@ -22,9 +22,9 @@ from pairs import SEED, instruction_pairs, split
 import tunesmith
 from tunesmith.stages.from_run import content
 
-KILLS = (("1-sft", 150), ("3-ppo", 30))
+KILLS = (("1-sft", 100), ("3-ppo", 12))
 """Where the processes are killed: after so many steps of the stage."""
-MAX_TOKENS = 48
+MAX_TOKENS, HELD_OUT = 32, 100
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
     kills = _run_and_kill(killed, overrides, where.runs / "kills.json")
     _train(whole, overrides)
     sections = [
-        _lineage(killed), _same(killed, whole, kills), _stages(killed), _win_rates(where.runs, base, killed, data)
+        _lineage(killed, base), _same(killed, whole, kills), _stages(killed), _win_rates(where.runs, base, killed, data)
     ]  # fmt: skip
     write("chain", "chain: sft, reward and ppo from one file, 656,000 parameters", *sections, _samples(killed))
 
@@ -57,7 +57,8 @@ def _answers(rows: list[dict[str, str]], data: Path) -> None:
         demonstrations = [{"prompt": p, "completion": c} for p, c in kept.items()]
         prompts = [{"prompt": p, "answer": c} for p, c in kept.items()]
         for name, lines in (("answers", demonstrations), ("prompts", prompts)):
-            text = "".join(json.dumps(line) + "\n" for line in lines)
+            kept_lines = lines if side == "train" else lines[:HELD_OUT]
+            text = "".join(json.dumps(line) + "\n" for line in kept_lines)
             (data / f"{name}-{side}.jsonl").write_text(text, encoding="utf-8")
 
 
@@ -91,8 +92,8 @@ def _run_and_kill(run: Path, overrides: list[str], log: Path) -> list[dict[str, 
     return done
 
 
-def _lineage(run: Path) -> str:
-    tree = "\n".join(json.loads((run / "result.json").read_text())["tree"])
+def _lineage(run: Path, base: Path) -> str:
+    tree = "\n".join(json.loads((run / "result.json").read_text())["tree"]).replace(str(base), "tinystories-656K")
     return f"## Lineage\n\n```\n{tree}\n```"
 
 
