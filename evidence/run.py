@@ -19,6 +19,7 @@ PARTS = {
     "sft": "1,000 instructions: do completions end by themselves (about 5 minutes)",
     "reward": "reward models on two sets of preferences, against length and a bag of words (about 5 minutes)",
     "dpo": "preferences without a reward model: held-out accuracy and win rate (about 5 minutes)",
+    "chain": "sft, reward and ppo from one file, killed twice and resumed; win rates (about 8 minutes)",
     "toy_reward": "grpo and ppo on a task whose optimum is known (about 2 minutes)",
     "ppo": "towards positive stories: three seeds, three prices of the KL, fluency (about 5 minutes)",
     "grpo": "the same by grpo (about 4 minutes)",
