@@ -110,6 +110,27 @@ def _nan(folder):
     save_file(tensors, folder / adapters.WEIGHTS)
 
 
+def _with(change):
+    """A folder whose tensors are changed."""
+
+    def damage(folder):
+        tensors = load_file(folder / adapters.WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / adapters.WEIGHTS)
+
+    return damage
+
+
+def _config(key, value):
+    def damage(folder):
+        config = json.loads((folder / adapters.CONFIG).read_text())
+        (folder / adapters.CONFIG).write_text(json.dumps({**config, key: value}))
+
+    return damage
+
+
+_A, _B = (f"{adapters.PREFIX}model.layers.0.self_attn.q_proj.lora_{part}.weight" for part in "AB")
+_NORM = f"{adapters.PREFIX}model.norm.lora_"
 BROKEN = {
     "no config": (lambda p: (p / adapters.CONFIG).unlink(), "is not an adapter"),
     "no weights": (lambda p: (p / adapters.WEIGHTS).unlink(), "has no adapter_model.safetensors"),
@@ -121,6 +142,17 @@ BROKEN = {
     "not peft": (lambda p: (p / adapters.CONFIG).write_text("{}"), "does not say its peft_type"),
     "cut": (_cut, "is damaged"),
     "nan": (_nan, "NaN or infinity"),
+    "broken record": (lambda p: (p / adapters.RECORD).write_text("{"), r"tunesmith\.json is damaged"),
+    "record of another kind": (lambda p: (p / adapters.RECORD).write_text("[1]"), r"tunesmith\.json is damaged"),
+    "half of a pair": (_with(lambda t: t.pop(_B)), r"q_proj: lora_B\.weight is missing"),
+    "two ranks": (_with(lambda t: t.update({_B: torch.zeros(32, 5)})), "have no common rank"),
+    "no matrix": (_with(lambda t: t.update({_A: torch.zeros(32)})), "have no common rank"),
+    "beside a norm": (
+        _with(lambda t: t.update({f"{_NORM}A.weight": torch.zeros(2, 32), f"{_NORM}B.weight": torch.zeros(32, 2)})),
+        r"model\.norm, which is no linear layer",
+    ),
+    "no alpha": (_config("lora_alpha", None), "no number as lora_alpha"),
+    "odd pattern": (_config("alpha_pattern", "x"), "no number as lora_alpha"),
 }
 
 

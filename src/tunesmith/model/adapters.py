@@ -281,6 +281,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ModelError(f"{folder}: the adapter is damaged ({error}): fetch or train it again") from error
     if not isinstance(config, dict) or "peft_type" not in config:
         raise ModelError(f"{folder / CONFIG} does not say its peft_type: this is not a PEFT adapter")
+    pattern = config.get("alpha_pattern") or {}
+    alphas = [config.get("lora_alpha"), *(pattern.values() if isinstance(pattern, dict) else [pattern])]
+    if config["peft_type"] == "LORA" and not all(isinstance(alpha, int | float) for alpha in alphas):
+        raise ModelError(f"{folder / CONFIG} gives no number as lora_alpha: fetch or train the adapter again")
     bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
         raise ModelError(f"{folder}: the adapter holds NaN or infinity in {', '.join(bad[:5])}")
@@ -289,9 +293,14 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _refuse_other_base(backbone: Any, folder: Path, config: Mapping[str, Any], base_name: str | None) -> None:
-    record: dict[str, Any] = {}
-    if (folder / RECORD).is_file():
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    record: Any = {}
+    try:
+        if (folder / RECORD).is_file():
+            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / RECORD} is damaged ({error}): fetch or train the adapter again") from error
+    if not isinstance(record, dict):
+        raise ModelError(f"{folder / RECORD} is damaged (no object): fetch or train the adapter again")
     theirs, name = record.get("base_hash"), record.get("base") or config.get("base_model_name_or_path") or "?"
     ours = backbone_hash(backbone, skip=config.get("modules_to_save") or ()) if theirs else None
     if theirs and ours and theirs != ours:
@@ -310,12 +319,12 @@ def _also(backbone: nn.Module, wanted: Iterable[str], tensors: Mapping[str, Tens
 
 def _refuse_misfits(backbone: nn.Module, folder: Path, tensors: Mapping[str, Tensor], also: list[str]) -> None:
     modules = dict(backbone.named_modules())
-    problems = []
+    problems = _unpaired(tensors)
     for key, tensor in tensors.items():
         name, _, part = key.partition(".lora_")
         if part and name not in modules:
             problems.append(f"{name}: this base has no such layer")
-        elif part in ("A.weight", "B.weight") and lora.is_linear(modules[name]):
+        elif part in ("A.weight", "B.weight") and tensor.dim() == 2 and lora.is_linear(modules[name]):
             d, k = lora.weight_matrix(modules[name]).shape
             found, fits = (tensor.shape[1], k) if part[0] == "A" else (tensor.shape[0], d)
             if found != fits:
@@ -330,6 +339,19 @@ def _refuse_misfits(backbone: nn.Module, folder: Path, tensors: Mapping[str, Ten
         raise several(problems[:10], ModelError, headline=headline)
 
 
+def _unpaired(tensors: Mapping[str, Tensor]) -> list[str]:
+    """LoRA matrices without the other one of their layer, or of another rank than that."""
+    problems = []
+    ends = (".lora_A.weight", ".lora_B.weight")
+    for name in dict.fromkeys(key.removesuffix(end) for key in tensors for end in ends if key.endswith(end)):
+        a, b = (tensors.get(name + end) for end in ends)
+        if a is None or b is None:
+            problems.append(f"{name}: {ends[a is not None][1:]} is missing")
+        elif a.dim() < 2 or b.dim() < 2 or a.shape[0] != b.shape[1]:
+            problems.append(f"{name}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} have no common rank")
+    return problems
+
+
 def _is_ours(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
     if config["peft_type"] != "LORA" or any(config.get(key) for key in _THROUGH_PEFT):
         return False
@@ -339,8 +361,10 @@ def _is_ours(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _load_lora(backbone: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor], also: Iterable[str]) -> Adapter:
-    modules, originals, base_hash = _set_aside(backbone, also)
     names = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    if odd := [name for name in names if not lora.is_linear(backbone.get_submodule(name))]:
+        raise ModelError(f"the adapter stands beside {', '.join(odd[:5])}, which is no linear layer of this base")
+    modules, originals, base_hash = _set_aside(backbone, also)
     stabilized = bool(config.get("use_rslora"))
     for name in names:
         a, b = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
