@@ -41,6 +41,8 @@ METHOD_KEYS = {
     "train_also": {"lora", "peft", "bias"},
     "peft": {"peft"},
 }
+_ADAPTER_KEYS = ("rank", "alpha", "dropout", "targets", "init", "rank_stabilized", "dora", "train_also")
+"""What an adapter that is gone on from has settled already."""
 _ASKED = {"sft", "reward", "dpo", "ppo", "grpo"}
 _ONLINE = {"ppo", "grpo"}
 SCORED = {"sft", "dpo"}
@@ -93,10 +95,11 @@ def method_defaults(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
     if train["batch_tokens"] is None and not does_nothing("train.batch_examples", stage):
         found["train.batch_examples"] = _EXAMPLES
     if method == "lora":
+        found["train.adapter_b_rate_ratio"] = 1.0
+    if method == "lora" and values["tune"]["adapter"] is None:
         found |= {
             "tune.rank": 16, "tune.alpha": float(2 * (values["tune"]["rank"] or 16)), "tune.dropout": 0.0,
             "tune.targets": "all-linear", "tune.init": "default", "tune.rank_stabilized": False, "tune.dora": False,
-            "train.adapter_b_rate_ratio": 1.0,
         }  # fmt: skip
     if method == "last_layers":
         found["tune.layers"] = 1
@@ -111,7 +114,7 @@ def _has_eval(data: Mapping[str, Any]) -> bool:
 
 def check_together(raw: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[str]]:
     """(problems as (key, text), warnings) from keys that contradict each other or would do nothing."""
-    problems = idle_keys(raw, values) + _contradictions(values) + alignment_problems(values)
+    problems = idle_keys(raw, values) + _undone(raw, values) + _contradictions(values) + alignment_problems(values)
     return problems, _warnings(values)
 
 
@@ -137,6 +140,19 @@ def idle_keys(raw: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[s
             problems.append((key, f"`{key}` does nothing in stage {stage}; it is for {' or '.join(sorted(stages))}"))
     if _given(raw, "train.adapter_b_rate_ratio") and method != "lora":
         problems.append(("train.adapter_b_rate_ratio", "`train.adapter_b_rate_ratio` is for method lora"))
+    return problems
+
+
+def _undone(raw: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Keys in `raw` that another key takes the effect from."""
+    problems = []
+    for name in _ADAPTER_KEYS if values["tune"]["adapter"] is not None else ():
+        if _given(raw, f"tune.{name}"):
+            text = f"`tune.{name}` does nothing beside `tune.adapter`: the adapter goes on with its own settings"
+            problems.append((f"tune.{name}", text))
+    if values["train"]["early_stopping"] and _given(raw, "train.select_by") and values["train"]["select_by"] is None:
+        text = "`train.early_stopping` needs a metric that stops improving: name one as `train.select_by`"
+        problems.append(("train.select_by", text))
     return problems
 
 

@@ -231,10 +231,18 @@ def test_overrides_make_sections_and_what_is_none_is_named():
         ({"tune": {"method": "peft"}}, "method peft needs"),
         ({"tune": {"method": "head"}}, "method head"),
         ({"data": {"train": "a", "mask_rate": 0.2}}, "`data.mask_rate` does nothing in stage sft"),
+        ({"tune": {"adapter": "a", "rank": 4}}, "`tune.rank` does nothing beside `tune.adapter`"),
+        ({"train": {"select_by": None, "early_stopping": {"patience": 1}}}, "`train.early_stopping` needs a metric"),
     ],
 )
 def test_keys_that_contradict_each_other_or_do_nothing_are_refused(changes, said):
     assert said in _said({**BASE, **changes})
+
+
+def test_an_adapter_that_is_gone_on_from_keeps_its_own_settings():
+    tune = load_recipe({**BASE, "tune": {"adapter": "a"}}).recipe.tune
+    assert (tune.rank, tune.alpha, tune.targets) == (None, None, None)
+    assert load_recipe(BASE).recipe.tune.rank == 16
 
 
 def test_a_rate_of_the_other_kind_of_run_is_pointed_out():
