@@ -10,6 +10,9 @@ from common import RECIPES, interval, place, rows_of, table, train, write
 
 import tunesmith
 
+EPOCHS = (6, 12)
+"""A model this small goes round in circles under greedy sampling until it has seen the answers often enough."""
+
 
 def main() -> None:
     where, options = place("sft")
@@ -19,11 +22,13 @@ def main() -> None:
     reviews = options.runs.resolve() / "pretrain" / "reviews"
     if (reviews / "result.json").is_file():
         bases["the same after evidence/pretrain.py"] = _exported(reviews, where.runs / "after-pretrain")
-    runs = {name: where.runs / base.name for name, base in bases.items()}
+    sections, run = [], where.runs
     for name, base in bases.items():
-        train(runs[name], RECIPES / "sft.yaml", f"base={base}", f"data.train={data}")
-    sections = [_summary(name, run) for name, run in runs.items()]
-    write("sft", "sft: instructions on a model of 656,000 parameters", *sections, _samples(list(runs.values())[-1]))
+        for epochs in EPOCHS:
+            run = where.runs / f"{base.name}-{epochs}"
+            train(run, RECIPES / "sft.yaml", f"base={base}", f"data.train={data}", f"train.epochs={epochs}")
+            sections.append(_summary(f"{name}, {epochs} epochs", run))
+            write("sft", "sft: instructions on a model of 656,000 parameters", *sections, _samples(run))
 
 
 def _exported(run: Path, to: Path) -> Path:
