@@ -11,17 +11,32 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import RECIPES, Place, interval, rows_of, table, train
+from common import RECIPES, Place, interval, rows_of, table
 
-from tunesmith import evaluate
+import tunesmith
 
 SEEDS = (0, 1, 2)
 PRICES = (0.0, 0.02, 2.0)
 """Of a nat of KL, in units of reward."""
-REVIEWS = {"train": 6000, "eval": 1000}
+REVIEWS = {"train": 3000, "eval": 500}
 _WHO = ("girl named Lily", "boy named Tim", "dog named Max", "cat named Mia", "bird named Sam", "bear named Ben")
 _WHERE = ("in a big house", "near the park", "by the sea", "in the forest", "on a farm", "in a small town")
 _THEN = ("One day", "Today", "In the morning", "One night")
+
+
+def train(run: Path, recipe: Path, *overrides: str) -> dict[str, Any]:
+    """The run's result, in this process: many short runs, of which none is measured for memory."""
+    if not (run / "result.json").is_file():
+        print(f"{run}: {' '.join(overrides)}", file=sys.stderr, flush=True)
+        if (run / "recipe.yaml").is_file():
+            tunesmith.resume(run, say=_tell)
+        else:
+            tunesmith.train(recipe, overrides, run=str(run), say=_tell)
+    return json.loads((run / "result.json").read_text())
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def prompts(folder: Path) -> dict[str, Path]:
@@ -78,7 +93,7 @@ def fluency(where: Place, run: Path, which: str) -> dict[str, Any]:
     texts = [row["prompt"] + row["completion"] for row in rows if row["round"] == wanted]
     path = run / f"texts-{which}.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    found = evaluate(str(where.asset("models/stories260K")), str(path), stage="pretrain")
+    found = tunesmith.evaluate(str(where.asset("models/stories260K")), str(path), stage="pretrain")
     return found["metrics"]["bits_per_byte"]
 
 
@@ -92,15 +107,14 @@ def summary(where: Place, runs: list[tuple[float, int, Path]]) -> str:
         probe = result["probe"]["difference"]["loss"]
         rows.append(
             (f"{price:g}", seed, interval(before["reward"], 2), interval(after["reward"], 2), interval(change, 2),
-             interval(after["kl"], 2), f"{texts['first']:.2f} -> {texts['last']:.2f}", f"{probe['value']:+.3f}",
-             f"{result['train_seconds']:.0f}")
+             interval(after["kl"], 2), f"{texts['first']:.2f} -> {texts['last']:.2f}", f"{probe['value']:+.3f}")
         )  # fmt: skip
         if price == 0.02:
             gains.append(change["value"])
         if seed == 0:
             kls[price] = after["kl"]["value"]
     head = ("KL price", "seed", "reward before", "after", "difference", "KL to the start (nats)",
-            "bits per byte of texts under stories260K", "loss on the probe", "seconds of steps")  # fmt: skip
+            "bits per byte of texts under stories260K", "loss on the probe")  # fmt: skip
     order = " > ".join(f"{kls[p]:.2f} at {p:g}" for p in PRICES)
     spread = f" (standard deviation {statistics.stdev(gains):.2f})" if len(gains) > 1 else ""
     falls = all(kls[a] > kls[b] for a, b in itertools.pairwise(PRICES))
@@ -141,7 +155,7 @@ def reward_note(run: Path) -> str:
     result = json.loads((run / "result.json").read_text())
     return (
         f"The reward is the log-odds of a positive review, clipped at 4, of a classifier made from the same base with "
-        f"{REVIEWS['train']:,} IMDB reviews (their last 128 tokens); its accuracy on {REVIEWS['eval']:,} others is "
+        f"{REVIEWS['train']:,} IMDB reviews (their last 96 tokens); its accuracy on {REVIEWS['eval']:,} others is "
         f"{interval(result['after']['accuracy'])}. It judges prompt and completion together, as text."
     )
 

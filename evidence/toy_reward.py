@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from common import RECIPES, interval, place, rows_of, table, train, write
-from sentiment import prompts, side_by_side
+from common import RECIPES, interval, place, rows_of, table, write
+from sentiment import prompts, side_by_side, train
 
 STAGES = {
     "grpo": ("grpo.prompts=6", "grpo.group=8", "grpo.kl_coef=0.0"),
@@ -27,11 +27,10 @@ def main() -> None:
         reached = next((s["step"] for s in steps if s["reward"] > 0.9), None)
         rows.append(
             (stage, interval(result["before"]["reward"]), interval(result["after"]["reward"]),
-             interval(result["after"]["kl"], 1), len(rows_of(run / "rollouts.jsonl")), reached,
-             f"{result['train_seconds']:.0f}")
+             interval(result["after"]["kl"], 1), len(rows_of(run / "rollouts.jsonl")), reached)
         )  # fmt: skip
         samples.append(f"## {stage}\n\n{side_by_side(run, 4)}")
-    head = ("stage", "reward before", "after", "KL (nats)", "rollouts", "first step above 0.9", "seconds of steps")
+    head = ("stage", "reward before", "after", "KL (nats)", "rollouts", "first step above 0.9")
     write("toy_reward", 'The word "birds" in 16 tokens, 656,000 parameters', table(head, rows), *samples)
 
 

@@ -9,7 +9,7 @@ import torch
 from tests.tiny import CAUSAL, tiny_causal, tiny_tokenizer
 
 from tunesmith.batch import Batch
-from tunesmith.model.language import LanguageModel
+from tunesmith.model.language import LanguageModel, Policy
 from tunesmith.rollout import sampler as sampler_module
 from tunesmith.rollout.sampler import Rollout, Sampler
 
@@ -128,3 +128,20 @@ def test_draws_have_the_distribution_asked_for():
 def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
     expected = counts.sum() * probabilities
     return float(((counts - expected) ** 2 / expected).sum())
+
+
+def test_in_bfloat16_the_two_differ_by_hundredths():
+    model = LanguageModel(tiny_causal("llama"), compute=torch.bfloat16)
+    rollouts = Sampler(model, tiny_tokenizer()).sample(PROMPTS, num_per_prompt=4, max_tokens=14, seed=3)
+    gap = (flat(rollouts) - training_logprobs(model, rollouts)).abs()
+    assert gap.mean() < 0.03 and gap.max() < 0.3
+    precise = training_logprobs(LanguageModel(model.backbone), rollouts)
+    assert (flat(rollouts) - precise).abs().max() > 1e-5  # control: it was bfloat16
+
+
+def test_the_law_holds_of_a_hot_policy():
+    model = LanguageModel(tiny_causal("llama"), policy=Policy(temperature=1.6))
+    rollouts = Sampler(model, tiny_tokenizer()).sample(PROMPTS, temperature=1.6, max_tokens=14, stop=("t",), seed=3)
+    torch.testing.assert_close(flat(rollouts), training_logprobs(model, rollouts), atol=2e-5, rtol=0)
+    plain = training_logprobs(LanguageModel(model.backbone), rollouts)
+    assert (flat(rollouts) - plain).abs().max() > 1e-2  # control: temperature ignored

@@ -147,3 +147,12 @@ def test_dropout_and_missing_answers_are_refused_before_the_first_step(tmp_path:
         train(tmp_path, recipe(tmp_path, "grpo", tune={"method": "lora", "dropout": 0.1}))
     with pytest.raises(DataError, match=r"answer.*missing in .*train\.jsonl:1"):
         train(tmp_path, recipe(tmp_path, "grpo", reward={"exact": True}))
+
+
+def test_a_finished_policy_is_measured_on_other_prompts_and_asked(tmp_path: Path):
+    run = train(tmp_path, recipe(tmp_path, "grpo", sampling={"continue_prompt": True}))
+    found = api.evaluate(str(run), str(tmp_path / "eval.jsonl"))
+    after = result(run)["after"]
+    assert found["metrics"]["reward"] == after["reward"] and found["metrics"]["kl"] == after["kl"]
+    assert after["kl"]["value"] != 0.0
+    assert isinstance(api.chat(str(run), "the cat", max_tokens=3), str)

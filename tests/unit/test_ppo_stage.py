@@ -8,12 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from tests.tiny import save_tiny, tiny_classifier, tiny_tokenizer
 from tests.unit.rl import lines, recipe, result, train, weights
 
 from tunesmith import api
+from tunesmith.data.kinds import Message
 from tunesmith.errors import RecipeError
+from tunesmith.rollout.rewards import Completed
 from tunesmith.rundir import RunDir
 from tunesmith.stages.finals import open_tuned
+from tunesmith.stages.rewarding import ModelScore, _answered
 
 
 def test_a_toy_task_goes_from_near_0_to_above_0_9(tmp_path: Path):
@@ -32,13 +37,14 @@ def test_a_toy_task_goes_from_near_0_to_above_0_9(tmp_path: Path):
 
 def test_a_larger_price_leaves_a_smaller_kl(tmp_path: Path):
     final = {}
-    for coef in (0.0, 0.05, 5.0):
-        settings = recipe(tmp_path, "ppo", train={"steps": 40}, sampling={"max_tokens": 4})
-        settings["ppo"] = {**settings["ppo"], "rollouts": 16, "kl_coef": coef}
+    sizes = {"rollouts": 32, "epochs": 1, "minibatches": 1, "critic_learning_rate": 1e-2}
+    for coef in (0.0, 0.1, 2.0):
+        settings = recipe(tmp_path, "ppo", train={"steps": 40, "learning_rate": 3e-3}, sampling={"max_tokens": 4})
+        settings["ppo"] = {**sizes, "kl_coef": coef}
         found = result(train(tmp_path, settings, f"run{coef}"))
         assert found["before"]["kl"]["value"] == 0.0
         final[coef] = found["after"]["kl"]["value"]
-    assert final[0.0] > final[0.05] > final[5.0], final
+    assert final[0.0] > final[0.1] > final[2.0], final
 
 
 @pytest.mark.parametrize("critic", ["own", "shared"])
@@ -136,3 +142,38 @@ def test_a_warning_tells_what_goes_wrong_and_the_metric_that_shows_it(tmp_path: 
     api.train(settings, run=str(tmp_path / "run"), say=said.append)
     assert sum("reward_std 0" in text for text in said) == 1
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["reward_std"] == 0.0
+
+
+def test_a_reward_run_pays_through_text_and_its_model_starts_the_critic(tmp_path: Path):
+    settings = recipe(tmp_path, "ppo", train={"steps": 2})
+    pairs = [{"prompt": p, "chosen": "good", "rejected": "text 0"} for p in ("a", "the cat", "two", "mat", "plus")]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    scorer = {key: settings[key] for key in ("base", "device", "precision", "tune")} | {
+        "stage": "reward", "data": {"train": str(tmp_path / "pairs.jsonl")}, "train": {"steps": 2}
+    }  # fmt: skip
+    api.train(scorer, run=str(tmp_path / "scorer"))
+    said: list[str] = []
+    paid = settings | {"reward": {"run": str(tmp_path / "scorer"), "length": {"target": 3}, "weights": {"length": 0.5}}}
+    api.train(paid, run=str(tmp_path / "paid"), say=said.append)
+    assert any(text.startswith("critic from the reward model of") for text in said)
+    rows = lines(tmp_path / "paid", "rollouts")
+    scores = [row["parts"]["run"] for row in rows]
+    assert len({round(score, 6) for score in scores}) > 1
+    tuned = open_tuned(RunDir(tmp_path / "scorer"))
+    text = ModelScore(tuned.model, _answered(tuned.tokenizer, False), 256, None, "cpu")
+    asked = [Completed(r["prompt"], r["completion"], messages=(Message("user", r["prompt"]),)) for r in rows]
+    np.testing.assert_allclose(text(asked), scores, atol=1e-5)
+
+
+def test_a_classifier_pays_the_log_odds_of_a_label(tmp_path: Path):
+    model = tiny_classifier("llama", labels=3)
+    save_tiny(model, tmp_path / "judge", tokenizer=tiny_tokenizer(chat=False))
+    settings = recipe(tmp_path, "ppo", train={"steps": 1})
+    with pytest.raises(RecipeError, match=r"reward\.label is missing.*LABEL_0, LABEL_1, LABEL_2"):
+        train(tmp_path, settings | {"reward": {"model": str(tmp_path / "judge")}}, "unnamed")
+    reward = {"model": str(tmp_path / "judge"), "label": "LABEL_1"}
+    row = lines(train(tmp_path, settings | {"reward": reward}), "rollouts")[0]
+    ids = tiny_tokenizer()(row["prompt"] + row["completion"], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        scores = model(input_ids=ids).logits[0]
+    assert row["reward"] == pytest.approx(float(scores[1] - scores[[0, 2]].logsumexp(0)), abs=1e-4)
