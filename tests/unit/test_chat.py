@@ -9,7 +9,7 @@ from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 from tokenizers import Regex, Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from tunesmith.data.chat import encode_text, marks_of, prompt_ids, render
+from tunesmith.data.chat import encode_text, marks_of, prompt_ids, render, turn_end
 from tunesmith.data.kinds import Message
 from tunesmith.data.sandbox import check_template
 from tunesmith.errors import DataError
@@ -294,3 +294,18 @@ def test_a_template_that_refuses_by_itself_is_sound_and_a_broken_one_is_named():
         check_template("{{ nothing.at.all }}")
     with pytest.raises(DataError, match=r"cannot be rendered.*TemplateSyntaxError"):
         check_template("{% for m in %}")
+
+
+ENDS = {"chatml": "<|im_end|>", "chatml without a generation prompt": "<|im_end|>", "phi": "<|end|>", "tiny": "<eos>",
+        "gemma": "<end_of_turn>", "llama3": "<|eot_id|>", "llama2": "<eos>", "zephyr": "<eos>"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_an_answer_ends_at_what_its_training_ends_with(name: str):
+    tokenizer = _tokenizer(*TEMPLATES[name][:2])
+    assert turn_end(tokenizer) == tokenizer.convert_tokens_to_ids(ENDS[name])
+
+
+def test_without_a_template_or_a_plain_question_there_is_no_end_of_turn():
+    assert turn_end(tiny_tokenizer(chat=False)) is None
+    assert turn_end(_tokenizer("{{ raise_exception('tools only') }}")) is None

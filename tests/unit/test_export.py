@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.tiny import CAUSAL, ENCODERS, save_tiny, tiny_causal, tiny_classifier
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from tunesmith.errors import ModelError
 from tunesmith.export import merge
@@ -138,3 +138,12 @@ def test_peft_methods_merge_where_they_can(base, tmp_path):
     exported = export_run(model, None, tmp_path / "out")
     assert exported.agreement is not None and exported.agreement.error < 1e-5
     assert adapters.adapter_of(model) is not None and merge.peft_methods._layers(model)
+
+
+def test_a_merged_model_stops_where_the_chat_ends_an_answer(base, tmp_path):
+    tokenizer = load_tokenizer(base)
+    tokenizer.chat_template = tokenizer.chat_template.replace("eos_token", "'<sep>'")
+    export_run(trained(base, "causal", SPECS[0]), tokenizer, tmp_path / "out")
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [2, 6]
+    export_run(trained(base, "causal", SPECS[0]), load_tokenizer(base), tmp_path / "plain")
+    assert GenerationConfig.from_pretrained(tmp_path / "plain").eos_token_id == 2

@@ -151,3 +151,11 @@ def test_logprobs_are_those_of_the_model_s_temperature():
     wanted = (logits / 2.0).log_softmax(-1).gather(1, torch.tensor(one.ids)[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(one.logprobs), wanted, atol=2e-5, rtol=0)
     assert (logits.log_softmax(-1).gather(1, torch.tensor(one.ids)[:, None])[:, 0] - wanted).abs().max() > 1e-2
+
+
+def test_a_completion_ends_where_the_chat_template_ends_an_answer():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("eos_token", "'<sep>'")
+    model = LanguageModel(tiny_causal("llama"))
+    assert Sampler(model, tokenizer).end_ids() == (2, 6)
+    assert Sampler(model, tiny_tokenizer(chat=False)).end_ids() == (2,)

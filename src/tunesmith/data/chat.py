@@ -191,6 +191,20 @@ def _end(ids: list[int], trained: list[bool], tokenizer: Any, marks: Marks) -> N
     _add(ids, trained, [tokenizer.eos_token_id], True)
 
 
+def turn_end(tokenizer: Any) -> int | None:
+    """The token that ends an answer under the chat template, as training has it: often another than the end token.
+
+    None without a template, or for one that does not take a plain question.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        return None
+    try:
+        rendered = render([Message("user", "a"), Message("assistant", _STAND_IN)], tokenizer)
+    except DataError:
+        return None
+    return next(i for i, on in zip(reversed(rendered.ids), reversed(rendered.trained), strict=True) if on)
+
+
 def prompt_ids(prompt: str | Sequence[Message], tokenizer: Any, *, plain: bool = False, raw: bool = False) -> list[int]:
     """What stands before an answer at inference, exactly as training has it; `raw` adds nothing but bos."""
     messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tunesmith.data.chat import turn_end
 from tunesmith.engine.durable import disk_errors, fsync_folder, make_folder, publish, remove_folder
 from tunesmith.errors import ModelError
 from tunesmith.export.verify import Agreement, agree, logits_of, probe_ids
@@ -59,7 +60,7 @@ def export_run(
         if format == "adapter":
             agreement = _write_adapter(backbone, folder, base_name)
         elif format == "merged":
-            agreement = _write_merged(backbone, folder, dtype, probes)
+            agreement = _write_merged(backbone, folder, dtype, probes, end=turn_end(tokenizer))
         else:
             raise ModelError(f"export format {format!r} is not known: choose adapter or merged")
         if tokenizer is not None:
@@ -116,13 +117,15 @@ def _write_adapter(backbone: Any, folder: Path, base_name: str) -> None:
 
 
 def _write_merged(
-    backbone: Any, folder: Path, dtype: torch.dtype | None, probes: Sequence[Sequence[int]] | None
+    backbone: Any, folder: Path, dtype: torch.dtype | None, probes: Sequence[Sequence[int]] | None, *, end: int | None
 ) -> Agreement:
-    """Merge in fp32, store in the base's dtype, open what was written and compare logits."""
+    """Merge in fp32, store in the base's dtype, open what was written and compare logits. `end` ends an answer."""
     dtype = dtype or stored_dtype(Path(backbone.name_or_path or os.devnull)) or _main_dtype(backbone)
     config = backbone.config.get_text_config()
     probes = probes or probe_ids(config.vocab_size, avoid=config.pad_token_id)
-    merged_model(backbone, dtype).save_pretrained(folder)
+    merged = merged_model(backbone, dtype)
+    _stop_at(merged, end)
+    merged.save_pretrained(folder)
     expected = logits_of(backbone, probes)
     with explained(folder, "exported model"):
         again = type(backbone).from_pretrained(folder, dtype=_main_dtype(backbone), use_safetensors=True)
@@ -133,6 +136,17 @@ def _write_merged(
             f"largest (allowed {agreement.tolerance:.0e} in {dtype}). Nothing was published; export the adapter instead"
         )
     return agreement
+
+
+def _stop_at(merged: Any, end: int | None) -> None:
+    """Other programs stop at the tokens of the generation config: what ends an answer in the chat is one of them."""
+    settings = merged.generation_config
+    if end is None or settings is None:
+        return
+    known = settings.eos_token_id
+    ends = known if isinstance(known, list) else [known]
+    if end not in ends:
+        settings.eos_token_id = [i for i in (*ends, end) if i is not None]
 
 
 def _main_dtype(backbone: Any) -> torch.dtype:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunesmith.data.chat import turn_end
 from tunesmith.errors import ModelError
 
 CACHE_NAMES = ("cache", "past_key_values")
@@ -123,6 +124,7 @@ class Sampler:
         self._keep = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self._pad_id: int = config.pad_token_id or 0
+        self._turn_end = turn_end(tokenizer)
 
     def sample(
         self,
@@ -140,7 +142,7 @@ class Sampler:
         """`num_per_prompt` rollouts of every prompt, in the prompts' order.
 
         Rollout k of prompt i draws from a stream seeded by (seed, i, k): its neighbours do not change it.
-        An end token is the tokenizer's, the generation config's, or one of `stop_ids`; a completion also ends with
+        An end token is one of `end_ids` or of `stop_ids`; a completion also ends with
         the token that completes one of the strings in `stop`, wherever tokens begin and end.
         """
         draw = Draw(temperature, top_p, top_k)
@@ -156,9 +158,10 @@ class Sampler:
         return [self._rollout(done[i, k]) for i in range(len(prompts)) for k in range(num_per_prompt)]
 
     def end_ids(self) -> tuple[int, ...]:
-        """Ids that end a completion: the tokenizer's end token and those of the generation config."""
+        """Ids that end a completion: the tokenizer's end token, what ends an answer in its chat template, and those of
+        the generation config."""
         settings = getattr(self.model.backbone, "generation_config", None)
-        found = [self.tokenizer.eos_token_id, getattr(settings, "eos_token_id", None)]
+        found = [self.tokenizer.eos_token_id, self._turn_end, getattr(settings, "eos_token_id", None)]
         flat = [i for entry in found for i in (entry if isinstance(entry, list) else [entry])]
         return tuple(sorted({int(i) for i in flat if i is not None}))
 
