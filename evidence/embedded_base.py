@@ -10,6 +10,9 @@ import gzip
 import importlib.util
 import json
 import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,14 +41,19 @@ def main() -> None:
     imdb = where.asset("data/imdb")
     shuffled = making.shuffled_test(imdb)
     texts = shuffled[making.HELD_OUT : making.HELD_OUT + NUM_REVIEWS]
-    corpus = list(making.reviews(imdb / "imdb_unsup.jsonl.gz"))
+    models = {
+        BASE: "this project's",
+        str(where.asset("models/tinystories-656K")): "stories, no bytes in its vocabulary",
+        str(where.asset("models/stories260K")): "stories",
+    }
     rows = [
-        _model(BASE, "this project's", texts, where),
-        _model(str(where.asset("models/tinystories-656K")), "stories, no bytes in its vocabulary", texts, where),
-        _model(str(where.asset("models/stories260K")), "stories", texts, where),
-        *_ngrams(corpus, texts),
-        _gzip(texts),
+        _kept(where, base_record(base)["hash"], partial(_model, base, what, texts, where))
+        for base, what in models.items()
     ]
+    for what, alphabet in (("bytes", (257, _bytes)), (f"tokens of {BASE}", (4097, _tokens()))):
+        corpus = making.reviews(imdb / "imdb_unsup.jsonl.gz")
+        rows.append(_kept(where, f"5-gram, {what}", partial(_ngram, what, alphabet, corpus, texts)))
+    rows.append(_gzip(texts))
     write(
         "embedded_base", "The embedded base: bits per byte on IMDB test reviews", _explained(texts), table(HEAD, rows)
     )
@@ -106,17 +114,23 @@ def _bits_per_byte(bits: np.ndarray, size: np.ndarray) -> str:
     return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
 
 
-def _ngrams(corpus: list[str], texts: list[str]) -> list[tuple[Any, ...]]:
+def _ngram(
+    what: str, alphabet: tuple[int, Callable[[str], np.ndarray]], corpus: Iterable[str], texts: list[str]
+) -> tuple[Any, ...]:
+    symbols, encode = alphabet
     size = np.asarray([len(text.encode()) for text in texts], np.float64)
-    rows = []
-    for what, symbols, encode in (("bytes", 257, _bytes), ("tokens of the embedded base", 4097, _tokens())):
-        model = train_ngram([encode(text) for text in corpus], symbols)
-        bits = np.asarray([model.bits(encode(text)).sum() for text in texts])
-        grams = sum(len(order.grams) for order in model.orders)
-        rows.append(
-            (f"5-gram, {what}", "counts and Witten-Bell", f"{grams:,} counts", _bits_per_byte(bits, size), "0.00%")
-        )
-    return rows
+    model = train_ngram([encode(text) for text in corpus], symbols)
+    bits = np.asarray([model.bits(encode(text)).sum() for text in texts])
+    grams = sum(len(order.grams) for order in model.orders)
+    return (f"5-gram, {what}", "counts and Witten-Bell", f"{grams:,} counts", _bits_per_byte(bits, size), "0.00%")
+
+
+def _kept(where: Place, name: str, measure: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
+    """What was measured before is only read again; a model is known by the hash of its weights."""
+    file = where.runs / f"{sha256(name.encode()).hexdigest()[:16]}.json"
+    if not file.is_file():
+        file.write_text(json.dumps(measure()), encoding="utf-8")
+    return tuple(json.loads(file.read_text(encoding="utf-8")))
 
 
 def _bytes(text: str) -> np.ndarray:
