@@ -49,13 +49,10 @@ def _machine(run: Path) -> str:
 
 
 def _curve(run: Path) -> str:
-    """The held-out metrics of every evaluation, and before the first step."""
-    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    """The held-out metrics of every evaluation; step 0 is the untrained model."""
     lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()]
     keys = list(dict.fromkeys(key for line in lines for key in line["metrics"]))
-    start = {key: entry["value"] for key, entry in (result.get("before") or {}).items()}
-    rows = [("0", *(_figure(start.get(key)) for key in keys))]
-    rows += [(f"{line['step']}", *(_figure(line["metrics"].get(key)) for key in keys)) for line in lines]
+    rows = [(f"{line['step']}", *(_figure(line["metrics"].get(key)) for key in keys)) for line in lines]
     return _table(("step", *keys), rows)
 
 
