@@ -1,11 +1,11 @@
-"""grpo: stories that a sentiment model likes, three seeds, three prices of the KL, and what it costs in fluency."""
+"""grpo: film reviews that a sentiment model likes; three seeds, three prices of the KL, fluency."""
 
 from __future__ import annotations
 
 from common import place, write
 from sentiment import checks, policies, reward_model, reward_note, side_by_side, summary
 
-TITLE = "grpo: towards positive stories with a model of 656,000 parameters"
+TITLE = "grpo: towards positive reviews with a model of 1,377,408 parameters"
 
 
 def main() -> None:

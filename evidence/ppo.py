@@ -1,11 +1,11 @@
-"""ppo: stories that a sentiment model likes, three seeds, three prices of the KL, and what it costs in fluency."""
+"""ppo: film reviews that a sentiment model likes; three seeds, three prices of the KL, fluency."""
 
 from __future__ import annotations
 
 from common import place, write
 from sentiment import checks, policies, reward_model, reward_note, side_by_side, summary
 
-TITLE = "ppo: towards positive stories with a model of 656,000 parameters"
+TITLE = "ppo: towards positive reviews with a model of 1,377,408 parameters"
 
 
 def main() -> None:

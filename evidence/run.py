@@ -21,7 +21,7 @@ PARTS = {
     "dpo": "preferences without a reward model: held-out accuracy and win rate (about 5 minutes)",
     "chain": "sft, reward and ppo from one file, killed twice and resumed; win rates (about 8 minutes)",
     "toy_reward": "grpo and ppo on a task whose optimum is known (about 2 minutes)",
-    "ppo": "towards positive stories: three seeds, three prices of the KL, fluency (about 5 minutes)",
+    "ppo": "towards positive reviews: three seeds, three prices of the KL, fluency (about 5 minutes)",
     "grpo": "the same by grpo (about 4 minutes)",
     "learning_curve": "100, 300 and 1,000 examples, tuned against from scratch (about 15 minutes)",
     "embedded_base": "the base that comes with the program, beside story models, gzip and 5-grams (about 10 minutes)",

@@ -1,4 +1,4 @@
-"""What ppo and grpo share: story beginnings, a sentiment reward model trained on film reviews, and their table."""
+"""What ppo and grpo share: beginnings of film reviews, a reward model that knows which are positive, their table."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ SEEDS = (0, 1, 2)
 PRICES = (0.0, 0.02, 2.0)
 """Of a nat of KL, in units of reward."""
 REVIEWS = {"train": 3000, "eval": 500}
-_WHO = ("girl named Lily", "boy named Tim", "dog named Max", "cat named Mia", "bird named Sam", "bear named Ben")
-_WHERE = ("in a big house", "near the park", "by the sea", "in the forest", "on a farm", "in a small town")
-_THEN = ("One day", "Today", "In the morning", "One night")
+PROMPTS = {"train": 96, "eval": 64}
 
 
 def train(run: Path, recipe: Path, *overrides: str) -> dict[str, Any]:
@@ -39,18 +37,19 @@ def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def prompts(folder: Path) -> dict[str, Path]:
-    """144 beginnings of stories, a third held out; the split is seeded."""
-    found = [
-        f"Once upon a time, there was a {who} who lived {where}. {then},"
-        for who, where, then in itertools.product(_WHO, _WHERE, _THEN)
-    ]
-    random.Random(0).shuffle(found)
+def prompts(where: Place, folder: Path) -> dict[str, Path]:
+    """The first six words of unlabelled reviews, drawn from a seed; no two alike."""
+    with gzip.open(where.asset("data/imdb/imdb_unsup.jsonl.gz"), "rt", encoding="utf-8") as stream:
+        found = {" ".join(json.loads(line)["text"].split()[:6]) for line in itertools.islice(stream, 2000)}
+    texts = sorted(text for text in found if text.isascii() and "<" not in text)
+    random.Random(0).shuffle(texts)
     folder.mkdir(parents=True, exist_ok=True)
-    files = {}
-    for side, texts in (("train", found[:96]), ("eval", found[96:])):
+    files, start = {}, 0
+    for side, num in PROMPTS.items():
         files[side] = folder / f"prompts-{side}.jsonl"
-        files[side].write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+        rows = [json.dumps({"prompt": text}) + "\n" for text in texts[start : start + num]]
+        files[side].write_text("".join(rows))
+        start += num
     return files
 
 
@@ -68,19 +67,19 @@ def reward_model(where: Place) -> Path:
         (data / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
         start += num
     overrides = [f"data.{side}={data / side}.jsonl" for side in REVIEWS]
-    train(folder / "run", RECIPES / "sentiment.yaml", f"base={where.asset('models/tinystories-656K')}", *overrides)
+    train(folder / "run", RECIPES / "sentiment.yaml", *overrides)
     return folder / "run"
 
 
 def policies(where: Place, stage: str) -> list[tuple[float, int, Path]]:
     """(price of the KL, seed, run): every price with the first seed, and the paper's price with every seed."""
-    reward, files = reward_model(where), prompts(where.runs / "data")
+    reward, files = reward_model(where), prompts(where, where.runs / "data")
     made = []
     for price, seed in [(0.02, 0), (0.0, 0), (2.0, 0), *((0.02, seed) for seed in SEEDS[1:])]:
         run = where.runs / f"kl{price:g}-seed{seed}"
         train(
-            run, RECIPES / f"{stage}.yaml", f"base={where.asset('models/tinystories-656K')}", f"reward.run={reward}",
-            f"data.train={files['train']}", f"data.eval={files['eval']}", f"seed={seed}", f"{stage}.kl_coef={price}",
+            run, RECIPES / f"{stage}.yaml", f"reward.run={reward}", f"data.train={files['train']}",
+            f"data.eval={files['eval']}", f"seed={seed}", f"{stage}.kl_coef={price}",
         )  # fmt: skip
         made.append((price, seed, run))
     return made
@@ -155,7 +154,7 @@ def reward_note(run: Path) -> str:
     result = json.loads((run / "result.json").read_text())
     return (
         f"The reward is the log-odds of a positive review, clipped at 4, of a classifier made from the same base with "
-        f"{REVIEWS['train']:,} IMDB reviews (their last 96 tokens); its accuracy on {REVIEWS['eval']:,} others is "
+        f"{REVIEWS['train']:,} IMDB reviews (their last 40 tokens); its accuracy on {REVIEWS['eval']:,} others is "
         f"{interval(result['after']['accuracy'])}. It judges prompt and completion together, as text."
     )
 

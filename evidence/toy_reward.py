@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
+from pathlib import Path
 
 from common import RECIPES, interval, place, rows_of, table, write
-from sentiment import prompts, side_by_side, train
+from sentiment import side_by_side, train
 
 STAGES = {
     "grpo": ("grpo.prompts=6", "grpo.group=8", "grpo.kl_coef=0.0"),
     "ppo": ("ppo.rollouts=48", "ppo.epochs=2", "ppo.minibatches=2", "ppo.kl_coef=0.002", "train.steps=96",
             "ppo.critic_learning_rate=1e-3"),
 }  # fmt: skip
+
+
+_WHO = ("girl named Lily", "boy named Tim", "dog named Max", "cat named Mia", "bird named Sam", "bear named Ben")
+_WHERE = ("in a big house", "near the park", "by the sea", "in the forest", "on a farm", "in a small town")
+_THEN = ("One day", "Today", "In the morning", "One night")
+
+
+def prompts(folder: Path) -> dict[str, Path]:
+    """144 beginnings of stories, a third held out; the split is seeded."""
+    found = [
+        f"Once upon a time, there was a {who} who lived {where}. {then},"
+        for who, where, then in itertools.product(_WHO, _WHERE, _THEN)
+    ]
+    random.Random(0).shuffle(found)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for side, texts in (("train", found[:96]), ("eval", found[96:])):
+        files[side] = folder / f"prompts-{side}.jsonl"
+        files[side].write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return files
 
 
 def main() -> None:
