@@ -20,6 +20,7 @@ from tunesmith.engine.metrics import MetricsLog
 from tunesmith.errors import DataError, ModelError
 from tunesmith.model.critic import Critic, ValueHead
 from tunesmith.model.language import LanguageModel, Policy
+from tunesmith.model.packing import Layout
 from tunesmith.model.trainable import TrainableSpec, make_trainable
 from tunesmith.recipe import GrpoSpec, PpoSpec
 from tunesmith.rollout import rules
@@ -335,3 +336,21 @@ def test_a_prompt_to_go_on_with_is_the_bare_text():
         return list(made.ids[0])
 
     assert ids(True) == tiny_tokenizer()("the cat")["input_ids"] != ids(False)
+
+
+@pytest.mark.parametrize("layout", [Layout.ALONE, Layout.PADDED])
+def test_a_family_that_cannot_be_packed_is_the_same_policy_and_critic(layout: Layout):
+    rows = [np.array([7, 8, 9, 10], np.int32), np.array([20, 21, 22], np.int32)]
+    batch = collate([Sample(r, np.r_[0, np.ones(len(r) - 1)].astype(np.float32)) for r in rows])
+    head = ValueHead(32)
+    torch.nn.init.normal_(head.linear.weight)
+    for critic in (head, Critic(tiny_classifier("llama", labels=1))):
+        model = LanguageModel(tiny_causal("llama"), policy=Policy(temperature=1.3), critic=critic)
+        packed = model(batch)
+        assert model.layout is Layout.PACKED
+        model.layout = layout
+        if isinstance(critic, Critic):
+            critic.layout = layout
+        other = model(batch)
+        for name in ("logprobs", "entropy", "values"):
+            torch.testing.assert_close(getattr(other, name), getattr(packed, name), atol=1e-5, rtol=0)
