@@ -41,7 +41,7 @@ def work(made, tmp_path, monkeypatch):
     """A copy of the whole chain to change things in."""
     shutil.copytree(made[0], tmp_path / "copy", symlinks=True)
     for path in (tmp_path / "copy").glob("runs/**/*.*"):
-        if path.suffix in (".json", ".yaml"):
+        if path.name in ("recipe.yaml", "inputs.json", "chain.json"):
             path.write_text(path.read_text().replace(str(made[0]), str(tmp_path / "copy")))
     monkeypatch.chdir(tmp_path / "copy")
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "copy" / "cache"))
