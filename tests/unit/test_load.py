@@ -112,6 +112,22 @@ def test_new_tokens_grow_the_embedding_only_when_asked(folder):
     torch.testing.assert_close(model.get_input_embeddings().weight[-1], mean)
 
 
+def test_a_base_whose_tokenizer_was_given_new_tokens_is_opened_with_rows_for_them(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<new{i}>" for i in range(5)]})
+    for name, model in (("own", tiny_causal("llama")), ("tied", tiny_causal("llama", tie_word_embeddings=True))):
+        base = save_tiny(model, tmp_path / name, tokenizer=tokenizer)
+        state = torch.get_rng_state()
+        opened, again = load_backbone(base, "causal"), load_backbone(base, "causal")
+        assert torch.equal(state, torch.get_rng_state()), "nothing random is drawn"
+        assert opened.tunesmith_grown == 4 and opened.config.vocab_size == 324
+        table, head = opened.get_input_embeddings().weight, opened.get_output_embeddings().weight
+        assert (head is table) == (name == "tied")
+        torch.testing.assert_close(table[320:], table[:320].mean(0).expand(4, -1))
+        torch.testing.assert_close(head[320:], head[:320].mean(0).expand(4, -1))
+        assert torch.equal(table, again.get_input_embeddings().weight)
+
+
 def _only_pickle(path):
     (path / "model.safetensors").unlink()
     (path / "pytorch_model.bin").write_bytes(b"\x80\x04")

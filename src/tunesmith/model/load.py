@@ -92,7 +92,8 @@ def load_backbone(
     """The transformers model of the base's own class, in eval mode on the CPU; `dtype` None keeps the stored one.
 
     A classifier's head is new, drawn from `seed` alone, unless the base was saved with the same label names. Names of
-    the parameters that the file did not have are kept in `backbone.tunesmith_new`.
+    the parameters that the file did not have are kept in `backbone.tunesmith_new`. Tokens that were added to the base's
+    tokenizer get rows of their own, the mean of the others; how many stands in `backbone.tunesmith_grown`.
     """
     folder = resolve(base, trust=trust)
     config = load_config(base, trust=trust)
@@ -214,7 +215,14 @@ def _draw(parameter: nn.Parameter, name: str, std: float, seed: int) -> None:
 
 def _check_vocabulary(base: str | Path, folder: Path, backbone: Any, trust: str | None) -> None:
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
-        fit_tokenizer(backbone, load_tokenizer(base, trust=trust))
+        tokenizer = load_tokenizer(base, trust=trust)
+        backbone.tunesmith_grown = fit_tokenizer(backbone, tokenizer, grow=_only_added(backbone, tokenizer))
+
+
+def _only_added(backbone: Any, tokenizer: Any) -> bool:
+    """True when what the embedding has no rows for was added to the tokenizer: not another model's vocabulary."""
+    rows = backbone.get_input_embeddings().weight.shape[0]
+    return all(i in tokenizer.added_tokens_decoder for i in tokenizer.get_vocab().values() if i >= rows)
 
 
 def fit_tokenizer(backbone: Any, tokenizer: Any, *, grow: bool = False) -> int:
@@ -228,10 +236,10 @@ def fit_tokenizer(backbone: Any, tokenizer: Any, *, grow: bool = False) -> int:
     if needed > rows and not grow:
         raise ModelError(
             f"the tokenizer has {needed} tokens and the model's embedding {rows} rows: they do not belong together. "
-            "Use the base's own tokenizer, or grow the embedding for new tokens"
+            "Use the base's own tokenizer; new tokens are taken when they were added to it (add_tokens)"
         )
     if needed > rows:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             backbone.resize_token_embeddings(needed, mean_resizing=False)
             for module in (backbone.get_input_embeddings(), backbone.get_output_embeddings()):
                 if module is not None:

@@ -288,6 +288,10 @@ def prepare(
     inputs = make_inputs(recipe, sets, tokenizer, record["context_tokens"], folder=folder, say=say)
     backbone = load_model(recipe, base, inputs.label_names)
     trainable = make_trainable(backbone, trainable_spec(recipe, folder))
+    if grown := getattr(backbone, "tunesmith_grown", 0):
+        embedding = backbone.get_input_embeddings().weight
+        learned = "" if embedding.requires_grad else "; they stay so unless tune.train_also names embeddings and head"
+        say(f"{grown} new tokens: their embeddings begin as the mean of the others{learned}")
     if trainable.trainable == 0:
         raise RecipeError("nothing would train: no parameter requires a gradient; look at `tune`")
     say(trainable.describe())
