@@ -4,7 +4,7 @@ resumed run compares with the same numbers and never measures the base again."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import PurePath
@@ -157,14 +157,26 @@ def by_source(before: Measured, after: Measured, store: SampleStore, seed: int) 
     """The same metrics for each of several held-out files, as for the tasks of a mix; empty for a single file."""
     rows: dict[str, list[int]] = {}
     for index in range(len(store)):
-        rows.setdefault(PurePath(store.origin(index).rpartition(":")[0]).name, []).append(index)
+        rows.setdefault(store.origin(index).rpartition(":")[0], []).append(index)
     if not 1 < len(rows) <= MAX_SOURCES:
         return {}
+    names = told_apart(list(rows))
     return {
-        source: {"before": _metrics_of(before, chosen, len(store), seed),
-                 "after": _metrics_of(after, chosen, len(store), seed)}
+        names[source]: {"before": _metrics_of(before, chosen, len(store), seed),
+                        "after": _metrics_of(after, chosen, len(store), seed)}
         for source, chosen in sorted(rows.items())
     }  # fmt: skip
+
+
+def told_apart(paths: Sequence[str]) -> dict[str, str]:
+    """Each path by its last part, or by as many as tell them apart: no folder of this machine that is not needed."""
+    parts = {path: PurePath(path).parts for path in paths}
+    names: dict[str, str] = {}
+    for depth in range(1, max(map(len, parts.values()), default=0) + 1):
+        names = {path: "/".join(found[-depth:]) for path, found in parts.items()}
+        if len(set(names.values())) == len(names):
+            break
+    return names
 
 
 def _metrics_of(measured: Measured, rows: list[int], total: int, seed: int) -> Json:
