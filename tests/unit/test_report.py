@@ -266,3 +266,13 @@ def test_every_part_of_a_mix_is_named_among_the_data(tmp_path: Path):
     (folder / "recipe.yaml").write_text("stage: sft\ndata: {mix: [{path: a.jsonl, weight: 3.0}, {path: b.jsonl}]}\n")
     facts = data_facts(read_run(folder))
     assert facts["mix[0].path"] == "a.jsonl" and facts["mix[0].weight"] == 3.0 and facts["mix[1].path"] == "b.jsonl"
+
+
+def test_the_page_names_the_base_with_its_licence_and_hash(tmp_path: Path):
+    folder = write_run(tmp_path / "run")
+    facts = {"name": "some/base", "hash": "0123abcd", "licence": "apache-2.0"}
+    (folder / "result.json").write_text(json.dumps({**result(0.2, 0.4), "base": facts}))
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert all(value in page for value in facts.values())
+    (folder / "result.json").write_text(json.dumps({**result(0.2, 0.4), "base": {**facts, "licence": None}}))
+    assert "not stated by the base" in write_report(folder).read_text(encoding="utf-8")

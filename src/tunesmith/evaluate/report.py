@@ -315,9 +315,14 @@ def _cost(run: RunFiles) -> Markup:
 
 
 def _data(run: RunFiles) -> Markup:
-    """Counts and hashes of what was read, with everything that was cut, split or dropped."""
-    found = data_facts(run)
-    return section("Data", table(("what", "value"), [(k, _plain(v)) for k, v in found.items()]) if found else "")
+    """The base with its licence and hash, then counts and hashes of what was read."""
+    found = {
+        "base": run.text("base.name", "base", otherwise=""),
+        "base licence": run.text("base.licence", otherwise="not stated by the base"),
+        "base hash": run.text("base.hash", otherwise=""),
+        **data_facts(run),
+    }
+    return section("Base and data", table(("what", "value"), [(k, _plain(v)) for k, v in found.items() if v != ""]))
 
 
 def _settings(run: RunFiles) -> Markup:
