@@ -2,7 +2,8 @@
 
     python make_start.py IMDB_FOLDER [FOLDER]
     tunesmith train pretrain.yaml --run reviews-1m
-    tunesmith export runs/reviews-1m --to reviews-1m --format merged
+    tunesmith export runs/reviews-1m --to exported --format merged
+    python finish.py exported reviews-1m
 
 IMDB_FOLDER holds `imdb_unsup.jsonl.gz` (50,000 reviews without labels) and `imdb_test.jsonl.gz`, each line an object
 with `text`: the Large Movie Review Dataset (Maas et al. 2011). FOLDER (beside this file when not named) gets
