@@ -29,6 +29,7 @@ NOT_RUN = {
     "hf upload": "needs a network and an account",
     "tunesmith quickstart": "takes minutes; the suite runs it shortened elsewhere",
     "tunesmith train examples/": "takes minutes; test_docs_examples.py runs every example shortened",
+    "tunesmith compare": "starts a process for every trial; its own tests run it",
     "tunesmith rank": "asks a person",
     "chromium": "a browser, which the suite does not need",
 }
