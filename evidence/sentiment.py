@@ -150,12 +150,14 @@ def side_by_side(run: Path, limit: int = 6) -> str:
 
 
 def reward_note(run: Path) -> str:
-    """How good the reward model is."""
+    """What the policy starts from, and how good the reward model is."""
     result = json.loads((run / "result.json").read_text())
+    base, accuracy = result["base"], interval(result["after"]["accuracy"])
     return (
-        f"The reward is the log-odds of a positive review, clipped at 4, of a classifier made from the same base with "
+        f"The base is {base['name']} (weights {base['hash'][:12]}), and it goes on with the first six words of reviews. The "
+        "reward is the log-odds of a positive review, clipped at 4, of a classifier made from the same base with "
         f"{REVIEWS['train']:,} IMDB reviews (their last 40 tokens); its accuracy on {REVIEWS['eval']:,} others is "
-        f"{interval(result['after']['accuracy'])}. It judges prompt and completion together, as text."
+        f"{accuracy}. It judges prompt and completion together, as text."
     )
 
 
