@@ -105,7 +105,14 @@ def method_defaults(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
         found["tune.layers"] = 1
     if _has_eval(values["data"]):
         found["train.select_by"] = _SELECT_BY.get(stage, "loss")
+    if stage in _ASKED and len(asked := _part_templates(values["data"])) == 1 and asked != {None}:
+        found["data.template"] = next(iter(asked))
     return found | alignment_defaults(values)
+
+
+def _part_templates(data: Mapping[str, Any]) -> set[str | None]:
+    """The templates of a mix's parts, None for a part without one."""
+    return {None if part["template"] == "none" else part["template"] for part in data["mix"] or ()}
 
 
 def _has_eval(data: Mapping[str, Any]) -> bool:
@@ -167,6 +174,9 @@ def _contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         problems.append(
             ("train.batch_tokens", "`train.batch_examples` and `train.batch_tokens` both size a step; keep one")
         )
+    if stage in _ASKED and data["template"] is None and len(_part_templates(data)) > 1:
+        problems.append(("data.mix", "the parts of `data.mix` have different templates: name as `data.template` the one "
+                         "of held-out rows and of prompts after training, or `none` for those without one"))  # fmt: skip
     if data["on_too_long"] == "split" and stage not in ("pretrain", "mlm"):
         problems.append(("data.on_too_long", f"`split` would cut an answer in two; stage {stage} takes error, "
                          "truncate_left, truncate_right or drop"))  # fmt: skip

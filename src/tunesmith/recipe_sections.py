@@ -29,7 +29,7 @@ class MixPart(Section):
     columns: dict[str, str] | None = None
     """As `data.columns`, for this part."""
     template: str | None = None
-    """As `data.template`, for this part."""
+    """As `data.template`, for this part; `none` where `data.template` is not for it."""
 
 
 class SplitSpec(Section):
@@ -61,7 +61,8 @@ class DataSpec(Section):
     columns: dict[str, str] | None = None
     """Column of each role, as in `{question: Frage, answer: Antwort}`."""
     template: str | None = None
-    """A built-in template by name, or text with `{column}` placeholders, the last one being learned."""
+    """A built-in template by name, or text with `{column}` placeholders, the last one being learned. The parts of a mix
+    may have their own; where those differ it is named here for held-out rows and later prompts (`none`: without)."""
     max_length: Positive | None = None
     """Most tokens in a sample; the base's context when not set."""
     on_too_long: Literal["error", "truncate_left", "truncate_right", "split", "drop"] = "error"
@@ -76,6 +77,11 @@ class DataSpec(Section):
     """A row may have several labels, or none."""
     mask_rate: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Share of the tokens that are masked (BERT, 1810.04805, 3.1)."""
+
+    def asked_by(self, part: str | None = None) -> str | None:
+        """The template that rows, or those of a mix's part with its own, are asked by; None without one."""
+        template = part or self.template
+        return None if template == "none" else template
 
 
 class TuneSpec(Section):

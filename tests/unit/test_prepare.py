@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from tests.tiny import tiny_tokenizer
 
+from tunesmith.data.kinds import input_text
 from tunesmith.errors import DataError
 from tunesmith.recipe import load_recipe
-from tunesmith.stages.prepare import locate, probe
+from tunesmith.stages.prepare import locate, probe, read_sets
 
 
 @pytest.fixture
@@ -44,3 +45,12 @@ def test_the_probe_is_read_beside_the_recipe(project: Path) -> None:
     assert store is not None and len(store) == 1
     with pytest.raises(DataError, match=r"general\.txt"):
         probe(recipe, Path.cwd(), tiny_tokenizer(), 64)
+
+
+def test_held_out_rows_of_a_mix_are_asked_by_the_template_that_its_parts_share(project: Path) -> None:
+    (project / "asked.jsonl").write_text('{"question": "two?", "answer": "2"}\n')
+    parts = [{"path": "asked.jsonl", "template": "Frage: {question} Antwort: {answer}"}] * 2
+    recipe = load_recipe({"stage": "sft", "base": "b", "data": {"mix": parts, "eval": "asked.jsonl"}}).recipe
+    sets = read_sets(recipe, project)
+    assert sets.eval is not None
+    assert input_text(next(iter(sets.eval))) == "Frage: two? Antwort: " == input_text(next(iter(sets.train)))

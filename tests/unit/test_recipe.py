@@ -239,6 +239,25 @@ def test_keys_that_contradict_each_other_or_do_nothing_are_refused(changes, said
     assert said in _said({**BASE, **changes})
 
 
+def _mixed(*templates, stage="sft", **data):
+    parts = [{"path": f"{i}.jsonl"} | ({} if t is None else {"template": t}) for i, t in enumerate(templates)]
+    return {"stage": stage, "base": "b", "data": {"mix": parts, "eval": "e.jsonl", **data}}
+
+
+def test_the_template_that_all_parts_of_a_mix_share_is_the_one_of_eval_and_of_later_prompts():
+    shared = load_recipe(_mixed("qa", "qa"))
+    assert shared.recipe.data.asked_by() == "qa" and shared.origins["data.template"] == "derived"
+    assert load_recipe(_mixed(None, "none")).recipe.data.asked_by() is None
+
+
+@pytest.mark.parametrize("templates", [("qa", "alpaca"), ("qa", None), ("qa", "none")])
+def test_parts_of_a_mix_with_different_templates_need_one_for_eval(templates):
+    assert "name as `data.template` the one of held-out rows" in _said(_mixed(*templates))
+    named, without = (load_recipe(_mixed(*templates, template=name)).recipe.data for name in ("alpaca", "none"))
+    assert (named.asked_by(), named.asked_by("qa"), named.asked_by("none")) == ("alpaca", "qa", None)
+    assert (without.asked_by(), without.asked_by("qa")) == (None, "qa")
+
+
 def test_an_adapter_that_is_gone_on_from_keeps_its_own_settings():
     tune = load_recipe({**BASE, "tune": {"adapter": "a"}}).recipe.tune
     assert (tune.rank, tune.alpha, tune.targets) == (None, None, None)

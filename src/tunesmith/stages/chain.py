@@ -188,7 +188,7 @@ def _handoff(run: RunDir, chain: Chain, stage: ChainStage, resolved: Resolved) -
         "licence": record["licence"],
         "how": _how(parent),
         "tokenizer": tokenizer_hash(load_tokenizer(base, trust=recipe.trust_remote_code)),
-        "template": recipe.data.template,
+        "template": recipe.data.asked_by(),
     }
     rewards = [
         {"stage": chain.stages[i].name, "content": from_run.content(RunDir(run.path / chain.stages[i].name))}

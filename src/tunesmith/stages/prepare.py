@@ -57,7 +57,7 @@ def read_sets(recipe: Recipe, folder: Path) -> Sets:
     def read(spec: str, fmt: str | None = None, columns: Any = None, template: str | None = None) -> RecordSet:
         return read_records(
             locate(spec, folder), stage=recipe.stage, format=fmt or data.format, columns=columns or data.columns,
-            on_bad_row=data.on_bad_row, template=template or data.template,
+            on_bad_row=data.on_bad_row, template=data.asked_by(template),
         )  # fmt: skip
 
     if data.mix is not None:

@@ -78,7 +78,7 @@ def _demonstrations(job: Job) -> Samples:
     from tunesmith.stages.prepare import cache_folder, locate  # it knows every stage
 
     path = locate(spec.demonstrations, job.folder)
-    records = read_records(path, stage="sft", template=data.template, on_bad_row=data.on_bad_row)
+    records = read_records(path, stage="sft", template=data.asked_by(), on_bad_row=data.on_bad_row)
     context = getattr(job.backbone.config.get_text_config(), "max_position_embeddings", None) or 1024
     found = build_store(records, Encoder(job.tokenizer, "sft", data.max_length or int(context), "truncate_left"),
                         cache_folder())  # fmt: skip

@@ -217,7 +217,7 @@ def _inputs(job: Job, base: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "base": dict(base),
         "data": data,
         "labels": list(inputs.label_names),
-        "template": job.recipe.data.template,
+        "template": job.recipe.data.asked_by(),
         "notes": list(inputs.notes),
         "recipe_folder": str(folder),
     }
