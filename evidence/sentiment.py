@@ -154,8 +154,8 @@ def reward_note(run: Path) -> str:
     result = json.loads((run / "result.json").read_text())
     base, accuracy = result["base"], interval(result["after"]["accuracy"])
     return (
-        f"The base is {base['name']} (weights {base['hash'][:12]}); it goes on with the first six words of reviews. The "
-        "reward is the log-odds of a positive review, clipped at 4, of a classifier made from the same base with "
+        f"The base is {base['name']} (weights {base['hash'][:12]}); it goes on with the first six words of reviews. "
+        "The reward is the log-odds of a positive review, clipped at 4, of a classifier made from the same base with "
         f"{REVIEWS['train']:,} IMDB reviews (their last 40 tokens); its accuracy on {REVIEWS['eval']:,} others is "
         f"{accuracy}. It judges prompt and completion together, as text."
     )
