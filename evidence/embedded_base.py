@@ -75,8 +75,8 @@ def _explained(texts: list[str], shared: int) -> str:
     size = sum(len(text.encode()) for text in texts)
     return (
         f"{len(texts):,} reviews of the test set ({size:,} bytes), `<br />` made line breaks; none of them chose the "
-        f"base's checkpoint. {shared:,} of them stand, letter for letter, among the 50,000 that were trained on too: the "
-        f"data set has it so, and they are counted. Models read windows of {WINDOW} tokens, each on its own. Every "
+        f"base's checkpoint. {shared:,} of them stand, letter for letter, among the 50,000 that were trained on too: "
+        f"the data set has it so, and they are counted. Models read windows of {WINDOW} tokens, each on its own. Every "
         "byte is paid for: what a model does not predict (the first token of a window where there is no start token, "
         "characters that the vocabulary lacks) is spelled at 8 bits a byte, beside the cost of its `<unk>`. The 5-gram "
         "models (Witten-Bell) are counted over the 50,000 reviews that the base was trained on. gzip -9 packs all "
