@@ -44,14 +44,14 @@ BATCHES = (
     Batch("calls", "R2, killed at every call that changes the disk, in process", ("calls", 1), "points"),
     Batch("order-planted", "R3, planted: no flush of the folder", ("order", 5, "no_folder_fsync"), ""),
     Batch("order", "R4, order of flushes over 20 saves", ("order", 20), "published"),
-    Batch("disk-loop", "R5, 50 disks that are too small, the loop", ("disk", 50), "sizes", within=MOUNTED),
+    Batch("disk-loop", "R5, disks of 50 sizes, the loop", ("disk", 50), "sizes", within=MOUNTED),
     Batch("signals", "R8, SIGINT, SIGTERM, SIGHUP, SIGUSR1", ("signals", 50), "trials"),
     *(Batch(f"moments-{s}", f"R10, named moments, {s}", ("moments",), "trials", s) for s in STAGES),
     Batch("starts", "R9, two starts on one folder", ("starts", 50), "pairs", "pretrain"),
     Batch("planted", "R3, planted bugs", ("planted", 5), ""),
     Batch("strace-loop", "R2, every system call that changes the run, the loop", ("strace", 1), "killed"),
     Batch("exports", "R2, exports (adapter and merged), every third call", ("exports", 3), "killed", "sft"),
-    Batch("disk-sft", "R5, 50 disks that are too small, sft", ("disk", 50, 40, 12), "sizes", "sft", MOUNTED),
+    Batch("disk-sft", "R5, disks of 50 sizes, sft", ("disk", 50, 40, 12), "sizes", "sft", MOUNTED),
     Batch("strace-classify", "R2, a whole classify run, every fifth call", ("strace", 5), "killed", "classify"),
 )
 
@@ -115,7 +115,8 @@ def _rows(answers: dict[str, Any]) -> list[Sequence[Any]]:
     for batch in BATCHES:
         if batch.count and batch.name in answers:
             answer = answers[batch.name]
-            rows.append((batch.what, answer[batch.count], len(answer["bad"]), f"{answer['seconds']:.0f}"))
+            small = f" ({answer['stopped']} of them too small)" if "stopped" in answer else ""
+            rows.append((batch.what + small, answer[batch.count], len(answer["bad"]), f"{answer['seconds']:.0f}"))
     return rows
 
 
