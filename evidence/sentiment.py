@@ -114,15 +114,18 @@ def summary(where: Place, runs: list[tuple[float, int, Path]]) -> str:
             kls[price] = after["kl"]["value"]
     head = ("KL price", "seed", "reward before", "after", "difference", "KL to the start (nats)",
             "bits per byte of texts under stories260K", "loss on the probe")  # fmt: skip
-    order = " > ".join(f"{kls[p]:.2f} at {p:g}" for p in PRICES)
-    spread = f" (standard deviation {statistics.stdev(gains):.2f})" if len(gains) > 1 else ""
-    falls = all(kls[a] > kls[b] for a, b in itertools.pairwise(PRICES))
-    gain = (
-        f"Over {len(gains)} seeds at price 0.02 the reward of held-out prompts rises by {statistics.mean(gains):+.2f}"
-        f"{spread}."
-    )
-    ordered = f"The final KL {'falls' if falls else 'does not fall'} as its price rises: {order}."
-    return f"{table(head, rows)}\n\n{gain} {ordered}"
+    said = []
+    if len(gains) > 1:
+        said.append(
+            f"Over {len(gains)} seeds at price 0.02 the held-out reward rises by {statistics.mean(gains):+.2f} "
+            f"(standard deviation {statistics.stdev(gains):.2f})."
+        )
+    known = [price for price in PRICES if price in kls]
+    if len(known) > 1:
+        falls = all(kls[a] > kls[b] for a, b in itertools.pairwise(known))
+        order = ", ".join(f"{kls[price]:.2f} at {price:g}" for price in known)
+        said.append(f"The final KL {'falls' if falls else 'does not fall'} as its price rises: {order}.")
+    return "\n\n".join([table(head, rows), *said])
 
 
 def checks(runs: list[tuple[float, int, Path]]) -> str:
