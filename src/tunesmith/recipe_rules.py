@@ -175,8 +175,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("train.batch_tokens", "`train.batch_examples` and `train.batch_tokens` both size a step; keep one")
         )
     if stage in _ASKED and data["template"] is None and len(_part_templates(data)) > 1:
-        problems.append(("data.mix", "the parts of `data.mix` have different templates: name as `data.template` the one "
-                         "of held-out rows and of prompts after training, or `none` for those without one"))  # fmt: skip
+        problems.append(("data.mix", "the parts of `data.mix` have different templates: name as `data.template` the "
+                         "one of held-out rows and of prompts after training, or `none`"))  # fmt: skip
     if data["on_too_long"] == "split" and stage not in ("pretrain", "mlm"):
         problems.append(("data.on_too_long", f"`split` would cut an answer in two; stage {stage} takes error, "
                          "truncate_left, truncate_right or drop"))  # fmt: skip

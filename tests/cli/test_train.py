@@ -137,3 +137,23 @@ def test_each_task_of_a_mix_has_its_own_metrics(run, write, work):
     assert sum(part["after"]["loss"]["n"] for part in found.values()) == whole["n"]
     values = [part["after"]["loss"]["value"] for part in found.values()]
     assert min(values) < whole["value"] < max(values)
+
+
+@pytest.mark.parametrize("stage", ["sft", "classify"])
+def test_what_is_written_names_rows_without_the_folders_of_this_machine(stage, run, write, work):
+    data = {"classify": "labels", "sft": "pairs"}[stage]
+    with (work / f"{data}.jsonl").open("a") as file:
+        file.write((work / f"{data}.jsonl").read_text().splitlines()[0] + "\nnot json\n")
+    recipe = write(stage, data={"on_bad_row": "skip"}, evaluate={"samples": 2})
+    done = run("train", recipe, "--run", "first")
+    assert done.code == 0, done.err
+    folder = work / "runs" / "first"
+    written = {
+        path.name: path.read_text() for path in folder.iterdir() if path.suffix in (".json", ".jsonl", ".html", ".md")
+    }
+    assert json.loads(written["inputs.json"])["recipe_folder"] == str(work)
+    for name in written.keys() - {"inputs.json"}:
+        assert str(work) not in written[name], name
+    assert not any(str(work) in note for note in json.loads(written["inputs.json"])["notes"])
+    assert f"{data}.jsonl:25 = {data}.jsonl:1" in written["result.json"]
+    assert f'"{data}.jsonl:26"' in written["bad_rows.jsonl"] and f"{data}-eval.jsonl:1" in written["before.json"]

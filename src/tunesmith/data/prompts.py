@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any
 
@@ -16,6 +16,7 @@ from tunesmith.batch import Sample
 from tunesmith.data.chat import prompt_ids
 from tunesmith.data.encode import tokenizer_hash
 from tunesmith.data.kinds import Prompt
+from tunesmith.data.naming import place
 from tunesmith.errors import DataError
 
 _LISTED = 20
@@ -43,6 +44,10 @@ class PromptSet:
     def origin(self, index: int) -> str:
         """Where the prompt stands, as `file:line`."""
         return self.records[index].origin
+
+    def renamed(self, names: Mapping[str, str]) -> PromptSet:
+        """The same prompts, with the files of their origins called by `names`."""
+        return replace(self, records=tuple(replace(r, origin=place(r.origin, names)) for r in self.records))
 
     @property
     def lengths(self) -> NDArray[np.int64]:

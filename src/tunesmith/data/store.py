@@ -8,7 +8,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tunesmith.batch import Sample
 from tunesmith.data.encode import Encoder
 from tunesmith.data.kinds import Record
+from tunesmith.data.naming import place
 from tunesmith.errors import DataError
 
 VERSION = 4
@@ -73,8 +74,12 @@ class SampleStore:
         """Where the sample's record stands, as `file:line`."""
         offsets = self._arrays["origin_offsets"]
         origin = bytes(self._origins[int(offsets[index]) : int(offsets[index + 1])]).decode()
-        name, colon, line = origin.rpartition(":")
-        return self._moved.get(name, name) + colon + line
+        return place(origin, self._moved)
+
+    def renamed(self, names: Mapping[str, str]) -> SampleStore:
+        """The same samples, with the files of their origins called by `names`."""
+        moved = {old: names.get(new, new) for old, new in self._moved.items()}
+        return replace(self, _moved={**names, **moved})
 
     def _label(self, index: int) -> int | tuple[float, ...] | None:
         if self.label_width == 0:

@@ -4,15 +4,15 @@ resumed run compares with the same numbers and never measures the base again."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
 from tunesmith.data.batches import collate
+from tunesmith.data.naming import told_apart
 from tunesmith.data.store import SampleStore
 from tunesmith.errors import RunError
 from tunesmith.evaluate.compare import compare
@@ -166,17 +166,6 @@ def by_source(before: Measured, after: Measured, store: SampleStore, seed: int) 
                         "after": _metrics_of(after, chosen, len(store), seed)}
         for source, chosen in sorted(rows.items())
     }  # fmt: skip
-
-
-def told_apart(paths: Sequence[str]) -> dict[str, str]:
-    """Each path by its last part, or by as many as tell them apart: no folder of this machine that is not needed."""
-    parts = {path: PurePath(path).parts for path in paths}
-    names: dict[str, str] = {}
-    for depth in range(1, max(map(len, parts.values()), default=0) + 1):
-        names = {path: "/".join(found[-depth:]) for path, found in parts.items()}
-        if len(set(names.values())) == len(names):
-            break
-    return names
 
 
 def _metrics_of(measured: Measured, rows: list[int], total: int, seed: int) -> Json:

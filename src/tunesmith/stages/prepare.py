@@ -13,6 +13,7 @@ from typing import Any
 from tunesmith.data.check import Finding, check_records
 from tunesmith.data.encode import Encoder
 from tunesmith.data.mix import Mixed
+from tunesmith.data.naming import place, short_names, shortened
 from tunesmith.data.prompts import PromptSet, encode_prompts
 from tunesmith.data.records import Labelled, Record, RecordSet, Text, read_records
 from tunesmith.data.split import split_records
@@ -119,7 +120,10 @@ def labels_of(records: Iterable[Record]) -> tuple[str, ...]:
 def make_inputs(
     recipe: Recipe, sets: Sets, tokenizer: Any, context_tokens: int | None, *, folder: Path, say: Say
 ) -> Inputs:
-    """Check the records, then encode them; what was noticed is said and kept. Paths begin in `folder`."""
+    """Check the records, then encode them; what was noticed is said and kept. Paths begin in `folder`.
+
+    What is kept, the origins of the samples too, names files shortly: it stands in pages that are passed on.
+    """
     labels = label_names(recipe, sets) if recipe.stage == "classify" else ()
     findings = [*map(str, look_at(recipe, sets)), *left_out(sets)]
     for finding in findings:
@@ -129,20 +133,20 @@ def make_inputs(
         name: None if records is None else _encode(records, encoder, name, recipe, context_tokens, say=say)
         for name, records in (("training", sets.train), ("held-out", sets.eval), ("test", sets.test))
     }
-    train = stores["training"]
-    assert train is not None
+    called = short_names([name for s in (sets.train, sets.eval, sets.test) if s is not None for name in s.files])
+    train, held_out, test = (store and store.renamed(called) for store in stores.values())
     notes = (
-        *findings,
+        *(shortened(finding, called) for finding in findings),
         *(f"{name}: {text}" for name, s in stores.items() if s is not None for text in tally(s)),
     )
     return Inputs(
         train,
-        stores["held-out"],
-        stores["test"],
+        held_out,
+        test,
         probe(recipe, folder, tokenizer, context_tokens),
         labels,
         notes,
-        bad_rows(sets),
+        tuple({**row, "origin": place(row["origin"], called)} for row in bad_rows(sets)),
     )
 
 
