@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny import CAUSAL, ENCODERS, save_tiny, tiny_causal, tiny_classifier
+from tests.tiny import CAUSAL, ENCODERS, save_tiny, tiny_causal, tiny_classifier, tiny_tokenizer
 from transformers import AutoTokenizer, GenerationConfig
 
 from tunesmith.errors import ModelError
@@ -147,3 +147,15 @@ def test_a_merged_model_stops_where_the_chat_ends_an_answer(base, tmp_path):
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [2, 6]
     export_run(trained(base, "causal", SPECS[0]), load_tokenizer(base), tmp_path / "plain")
     assert GenerationConfig.from_pretrained(tmp_path / "plain").eos_token_id == 2
+
+
+def test_an_adapter_of_a_base_that_grew_is_refused_and_the_merged_model_has_the_rows(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<new{i}>" for i in range(5)])
+    grown = trained(save_tiny(tiny_causal("llama"), tmp_path / "base", tokenizer=tokenizer), "causal", SPECS[0])
+    with pytest.raises(ModelError, match=r"4 tokens .* no rows for.*--format merged"):
+        export_run(grown, tokenizer, tmp_path / "adapter", "adapter")
+    assert not (tmp_path / "adapter").exists()
+    export_run(grown, tokenizer, tmp_path / "merged")
+    again = load_backbone(tmp_path / "merged", "causal")
+    assert again.tunesmith_grown == 0 and again.get_input_embeddings().weight.shape[0] == 324

@@ -18,6 +18,7 @@ from tunesmith.model.load import (
     fit_tokenizer,
     load_backbone,
     load_config,
+    load_empty,
     load_tokenizer,
     stored_dtype,
 )
@@ -126,6 +127,9 @@ def test_a_base_whose_tokenizer_was_given_new_tokens_is_opened_with_rows_for_the
         torch.testing.assert_close(table[320:], table[:320].mean(0).expand(4, -1))
         torch.testing.assert_close(head[320:], head[:320].mean(0).expand(4, -1))
         assert torch.equal(table, again.get_input_embeddings().weight)
+        planned = load_empty(base, "causal")
+        assert [p.shape for p in planned.parameters()] == [p.shape for p in opened.parameters()]
+        assert all(p.is_meta for p in planned.parameters())
 
 
 def _only_pickle(path):

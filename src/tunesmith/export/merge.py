@@ -110,6 +110,9 @@ def _refuse_nonfinite(backbone: nn.Module) -> None:
 def _write_adapter(backbone: Any, folder: Path, base_name: str) -> None:
     if adapters.adapter_of(backbone) is None:
         raise ModelError("this model was trained without an adapter: export it with --format merged")
+    if grown := getattr(backbone, "tunesmith_grown", 0):
+        raise ModelError(f"the tokenizer has {grown} tokens that the weights of {base_name} have no rows for, and an "
+                         "adapter opens beside those weights: export with --format merged, which has them")  # fmt: skip
     adapters.save_adapter(backbone, folder, base_name)
     written, held = load_file(folder / adapters.WEIGHTS), adapters.adapter_tensors(backbone)
     if written.keys() != held.keys() or any(not torch.equal(written[key], held[key]) for key in held):

@@ -120,13 +120,15 @@ def load_backbone(
 
 
 def load_empty(base: str | Path, kind: Kind, *, classes: int = 2, trust: str | None = None) -> Any:
-    """The backbone without weights, on the meta device: shapes alone, for planning."""
+    """The backbone without weights, on the meta device: shapes alone, rows of added tokens too, for planning."""
     config = load_config(base, trust=trust)
     _refuse_unfit(base, config, kind)
     if kind == "classifier":
         config.num_labels = classes
     with quiet(), explained(base, "configuration"), torch.device("meta"):
-        return _FACTORIES[kind][0].from_config(config, trust_remote_code=bool(getattr(config, "auto_map", None)))
+        empty = _FACTORIES[kind][0].from_config(config, trust_remote_code=bool(getattr(config, "auto_map", None)))
+    _check_vocabulary(base, resolve(base, trust=trust), empty, trust)
+    return empty
 
 
 def _refuse_unfit(base: str | Path, config: Any, kind: Kind) -> None:
