@@ -10,7 +10,7 @@ from tests.tiny import CAUSAL, ENCODERS, tiny_causal, tiny_classifier, tiny_mask
 from tunesmith.batch import Sample
 from tunesmith.data.batches import collate
 from tunesmith.model.language import LanguageModel
-from tunesmith.model.packing import Layout
+from tunesmith.model.packing import Layout, probe_batch
 from tunesmith.model.score import ScoreModel
 
 LENGTHS = (5, 17, 1, 9)
@@ -99,6 +99,49 @@ def test_the_verification_at_load_refuses_a_leaking_pack(monkeypatch):
     )
     model = LanguageModel(tiny_causal("llama"))
     assert model.layout is Layout.PADDED and "differ" in model.why
+
+
+@pytest.mark.parametrize("window", [8, 40])
+def test_a_family_whose_window_lives_in_its_mask_alone_is_found_out(window, monkeypatch):
+    """Packed rows have no mask. The window of 40 is longer than the short probes, so only one past it tells."""
+    from tunesmith.model import attention
+
+    assert LanguageModel(tiny_causal("mistral", sliding_window=window)).layout is Layout.PACKED
+    monkeypatch.setattr(attention, "_window", lambda *_: None)
+    model = LanguageModel(tiny_causal("mistral", sliding_window=window))
+    assert model.layout is Layout.PADDED and "differ" in model.why
+    monkeypatch.setattr("tunesmith.model.packing._past_window", lambda _: ())
+    blind = LanguageModel(tiny_causal("mistral", sliding_window=window))
+    assert (blind.layout is Layout.PACKED) == (window == 40), "control: the short probes do not see it"
+
+
+def test_the_probe_past_a_window_is_left_out_where_it_would_cost_much():
+    def lengths(**settings):
+        return probe_batch(tiny_causal("mistral", **settings)).lengths
+
+    assert lengths(sliding_window=200) == (5, 9, 3, 208)
+    assert lengths(sliding_window=4096) == lengths(sliding_window=None) == (5, 9, 3)
+    assert lengths(sliding_window=200, max_position_embeddings=128) == (5, 9, 3)
+
+
+ROPES = {
+    "longrope": {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 16},
+    "dynamic": {"factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_a_long_row_leaves_the_rotary_scaling_of_its_neighbours_alone(kind):
+    rope = {"rope_type": kind, "rope_theta": 10000.0, **ROPES[kind]}
+    longest = 16 if kind == "dynamic" else 256
+    model = LanguageModel(tiny_causal("llama", rope_parameters=rope, max_position_embeddings=longest))
+    assert model.layout is Layout.PACKED, model.why
+    batch = collate(make_samples())
+    alone = torch.cat([model(collate([s])).logprobs for s in make_samples()], 1)
+    torch.testing.assert_close(model(batch).logprobs, alone, rtol=1e-5, atol=1e-5)
+    packed = model._packed_logits(batch).log_softmax(-1)[torch.arange(32), batch.targets[0]][None]
+    counted = batch.weights > 0
+    assert (packed - alone)[counted].abs().max() > 1e-3, "control: packed all the same, it differs"
 
 
 def test_a_padded_family_gives_the_same_answers():

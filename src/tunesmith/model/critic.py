@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tunesmith.batch import Batch
 from tunesmith.errors import ModelError
 from tunesmith.model.heads import score_head
-from tunesmith.model.packing import Layout, choose_layout, flat_hidden, position_offset
+from tunesmith.model.packing import Layout, choose_layout, flat_hidden, layout_for, position_offset
 
 
 class Critic(nn.Module):
@@ -61,7 +61,7 @@ class ValueHead(nn.Module):
 
 def every_hidden(backbone: Any, batch: Batch, layout: Layout, *, offset: int) -> Tensor:
     """Last hidden states of all tokens that are not padding, `[tokens, D]`, each segment blind to the others."""
-    if layout is Layout.PACKED:
+    if layout_for(backbone, layout, batch) is Layout.PACKED:
         return flat_hidden(backbone, batch, causal=True, offset=offset)
     rows = batch.input_ids[batch.segments >= 0].split(list(batch.lengths))
     return torch.cat([backbone.base_model(input_ids=row[None], use_cache=False)[0][0] for row in rows])

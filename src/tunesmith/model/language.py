@@ -12,14 +12,14 @@ from torch.utils.checkpoint import checkpoint
 from tunesmith.batch import Batch, Outputs
 from tunesmith.model.critic import ValueHead, every_hidden
 from tunesmith.model.heads import language_head
-from tunesmith.model.packing import Layout, choose_layout, flat_hidden, own_logits, position_offset
+from tunesmith.model.packing import Layout, choose_layout, flat_hidden, layout_for, own_logits, position_offset
 from tunesmith.ops import chunked_logprobs
 from tunesmith.ops_policy import chunked_policy, policy_answer
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How a language model acts: its distribution's temperature, and whether its entropy is learned or only measured."""
+    """How a language model acts: its distribution's temperature, and whether its entropy is learned or measured."""
 
     temperature: float = 1.0
     learn_entropy: bool = False
@@ -63,12 +63,13 @@ class LanguageModel(nn.Module):
         counted = batch.weights > 0
         device, low = batch.input_ids.device.type, self.compute != torch.float32
         with torch.autocast(device, self.compute, enabled=low):
-            if self.layout is Layout.PACKED:
+            layout = layout_for(self.backbone, self.layout, batch)
+            if layout is Layout.PACKED:
                 assert self._head is not None
                 hidden = flat_hidden(self.backbone, batch, causal=self.causal, offset=self.offset)
                 logprobs, entropy = self._answer(self._head.transform(hidden[counted[0]]), batch.targets[counted])
             else:
-                hidden, logits = None, own_logits(self.backbone, batch, self.layout)
+                hidden, logits = None, own_logits(self.backbone, batch, layout)
                 logprobs, entropy = self._of_logits(logits[counted[batch.segments >= 0]], batch.targets[counted])
             return Outputs(
                 logprobs=_spread(logprobs, counted),

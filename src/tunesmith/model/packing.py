@@ -14,6 +14,10 @@ from tunesmith.batch import Batch
 from tunesmith.model import attention
 
 PROBE_LENGTHS = (5, 9, 3)
+PAST_WINDOW = 8
+MAX_WINDOW = 512
+MAX_PROBE_LOGITS = 1 << 26
+_WINDOWS = ("sliding_window", "local_attention", "window_size", "attention_window", "attention_chunk_size")
 
 
 class Layout(Enum):
@@ -62,17 +66,45 @@ def _squeeze(logits: Tensor) -> Tensor:
 
 
 def probe_batch(backbone: Any) -> Batch:
-    """Three segments of seeded random tokens, pad token avoided."""
+    """Segments of seeded random tokens, pad token avoided: three short ones, and one past the family's window."""
     config = backbone.config.get_text_config()
-    pad = config.pad_token_id
+    pad, lengths = config.pad_token_id, PROBE_LENGTHS + _past_window(config)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config.vocab_size, (sum(PROBE_LENGTHS),), generator=generator)
+    ids = torch.randint(0, config.vocab_size, (sum(lengths),), generator=generator)
     if pad is not None:
         ids = torch.where(ids == pad, (ids + 1) % config.vocab_size, ids)
-    segments = torch.cat([torch.full((n,), i) for i, n in enumerate(PROBE_LENGTHS)])
-    positions = torch.cat([torch.arange(n) for n in PROBE_LENGTHS])
+    segments = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
+    positions = torch.cat([torch.arange(n) for n in lengths])
     row = ids[None]
-    return Batch(row, row, torch.ones(row.shape), positions[None], segments[None], lengths=PROBE_LENGTHS)
+    return Batch(row, row, torch.ones(row.shape), positions[None], segments[None], lengths=lengths)
+
+
+def _past_window(config: Any) -> tuple[int, ...]:
+    """The length of a segment that a window of attention cuts, where the model has one; a window that lives in the
+    mask alone shows there only. Left out where it would not be cheap: a long window, or logits of 256 MB."""
+    windows = [value for name in _WINDOWS if isinstance(value := getattr(config, name, None), int)]
+    longest = int(getattr(config, "max_position_embeddings", None) or MAX_WINDOW + PAST_WINDOW)
+    lengths = [w + PAST_WINDOW for w in windows if 0 < w <= MAX_WINDOW]
+    fit = [n for n in lengths if n <= longest and (n + sum(PROBE_LENGTHS)) * config.vocab_size <= MAX_PROBE_LOGITS]
+    return (max(fit),) if fit else ()
+
+
+def switch_tokens(config: Any) -> int | None:
+    """The length beyond which a row changes the rotary scaling of every row beside it (longrope, dynamic NTK)."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [one for one in (rope, *rope.values()) if isinstance(one, dict)]
+    ends = [
+        one.get("original_max_position_embeddings") or config.max_position_embeddings
+        for one in kinds
+        if one.get("rope_type") == "longrope" or "dynamic" in str(one.get("rope_type"))
+    ]
+    return min(ends, default=None)
+
+
+def layout_for(backbone: Any, layout: Layout, batch: Batch) -> Layout:
+    """The layout for this batch: one by one where a long row would change the rotary scaling of its neighbours."""
+    switch = switch_tokens(backbone.config.get_text_config())
+    return Layout.ALONE if switch is not None and len(batch.lengths) > 1 and max(batch.lengths) > switch else layout
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tunesmith.batch import Batch, Outputs
 from tunesmith.model.heads import pool, score_head
-from tunesmith.model.packing import Layout, choose_layout, flat_hidden, own_logits, position_offset
+from tunesmith.model.packing import Layout, choose_layout, flat_hidden, layout_for, own_logits, position_offset
 
 
 class ScoreModel(nn.Module):
@@ -34,10 +34,9 @@ class ScoreModel(nn.Module):
         """`Outputs.scores [S, C]` fp32."""
         low = self.compute != torch.float32
         with torch.autocast(batch.input_ids.device.type, self.compute, enabled=low):
-            if self.layout is Layout.PACKED:
-                scores = self._packed_scores(batch)
-            else:
-                scores = own_logits(self.backbone, batch, self.layout)
+            layout = layout_for(self.backbone, self.layout, batch)
+            packed = layout is Layout.PACKED
+            scores = self._packed_scores(batch) if packed else own_logits(self.backbone, batch, layout)
         scores = scores.float()
         return Outputs(scores=scores if self.shift is None else scores - self.shift)
 
