@@ -20,6 +20,7 @@ from common import RECIPES, ROOT, interval, place, rows_of, table, write
 from pairs import SEED, instruction_pairs, split
 
 import tunesmith
+from tunesmith.rundir import RunDir
 from tunesmith.stages.from_run import content
 
 KILLS = (("1-sft", 100), ("3-ppo", 12))
@@ -101,13 +102,16 @@ def _same(killed: Path, whole: Path, kills: list[dict[str, Any]]) -> str:
     rows = []
     for name in ("1-sft", "2-reward", "3-ppo"):
         ours, theirs = ((run / name) for run in (killed, whole))
+        if not (theirs / "result.json").is_file():
+            rows.append((name, f"{len(rows_of(ours / 'metrics.jsonl')):,}", *["not compared"] * 3))
+            continue
         weights = [next(p.glob("final/step_*/tensors.safetensors")).read_bytes() for p in (ours, theirs)]
         metrics = [(p / "metrics.jsonl").read_bytes() for p in (ours, theirs)]
-        gives = [json.loads((p / "handoff.json").read_text())["gives"] for p in (ours, theirs)]
+        gives = [content(RunDir(p)) for p in (ours, theirs)]
         same = [("yes" if a == b else "NO") for a, b in (weights, metrics, gives)]
         rows.append((name, f"{len(metrics[0].splitlines()):,}", *same))
     told = " and ".join(f"after step {kill['step']} of {kill['stage']} (exit {kill['code']})" for kill in kills)
-    head = ("stage", "steps", "same weights", "same metric file", "same content in the lineage")
+    head = ("stage", "steps", "same weights", "same metric file", "same content")
     return (
         f"## Killed and resumed\n\nSIGKILL {told}, then resumed; against the chain left alone:\n\n{table(head, rows)}"
     )
