@@ -22,6 +22,7 @@ from common import ROOT, Place, place, table, write
 from ngram import train_ngram
 
 from tunesmith.data.batches import collate
+from tunesmith.data.chat import encode_text
 from tunesmith.data.encode import Encoder
 from tunesmith.data.records import read_records
 from tunesmith.data.store import build_store
@@ -143,7 +144,7 @@ def _tokens() -> Any:
     tokenizer = load_tokenizer(BASE)
 
     def encode(text: str) -> np.ndarray:
-        return np.asarray([*tokenizer(text, add_special_tokens=False)["input_ids"], 4096], np.int64)
+        return np.asarray([*encode_text(tokenizer, text), 4096], np.int64)
 
     return encode
 
