@@ -6,7 +6,9 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tests.laws.test_resume_law import OPTIM, Rows
@@ -17,14 +19,23 @@ from tunesmith.engine import fit
 from tunesmith.engine.checkpoint import load_checkpoint, saved_steps
 from tunesmith.engine.contracts import FitSpec, Stage
 from tunesmith.engine.metrics import MetricsLog
-from tunesmith.engine.optim import build_optimizer
+from tunesmith.engine.optim import OptimSpec, build_optimizer
 from tunesmith.engine.state import TrainState
-from tunesmith.errors import Interrupted
+from tunesmith.errors import DataError, Interrupted
 from tunesmith.model.language import LanguageModel
 from tunesmith.objectives.likelihood import Likelihood
+from tunesmith.stages.job import warmup_note
 
 
-def run(folder, script, *, show=lambda report: None, steps=20, **settings):
+class Unweighted(Rows):
+    """Rows in which nothing is trained on."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return replace(sample, weights=np.zeros(len(sample), np.float32), origin=f"row:{index + 1}")
+
+
+def run(folder, script, *, show=lambda report: None, steps=20, again=False, **settings):
     """A run whose evaluation gives the numbers of `script`, one every second step -> (steps done, state, said)."""
     model = LanguageModel(tiny_causal("llama", layers=1))
     source = OfflineSource(Rows(), seed=5, num_steps=steps, batch_examples=4)
@@ -34,7 +45,8 @@ def run(folder, script, *, show=lambda report: None, steps=20, **settings):
     values = iter(script)
     stage = Stage("tiny", model, Likelihood(), source, lambda step: {"accuracy": next(values), "loss": 1.0})
     spec = FitSpec(3, OPTIM, eval_every=2, save_every=100, keep=1, **settings)
-    fit.fit(stage, state, spec, files, say=said.append, show=show)
+    resumed = again and fit.resume(state, files, say=said.append)
+    fit.fit(stage, state, spec, files, say=said.append, show=show, resumed=resumed)
     done = len((folder / "metrics.jsonl").read_text().splitlines())
     return done, state, said
 
@@ -89,6 +101,42 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(number, code, tm
         signal.signal(number, former)
     assert stopped.value.exit_code == code and "--resume" in str(stopped.value)
     assert max(saved_steps(tmp_path / "checkpoints")) == 3
+
+
+def test_a_signal_in_the_last_evaluation_ends_the_run_and_going_on_finishes_it(tmp_path):
+    def script(number):
+        yield 0.5
+        os.kill(os.getpid(), number)
+        yield 0.4
+
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(Interrupted) as stopped:
+            run(tmp_path, script(signal.SIGINT), steps=4, select_by="accuracy")
+    finally:
+        signal.signal(signal.SIGINT, former)
+    assert stopped.value.exit_code == 130 and max(saved_steps(tmp_path / "checkpoints")) == 4
+    done, state, said = run(tmp_path, [], steps=4, again=True, select_by="accuracy")
+    assert (done, state.step, state.progress.best_step) == (4, 4, 2) and "best by accuracy: step 2" in said[-1]
+
+
+def test_a_step_without_anything_to_learn_is_refused_with_its_rows_before_the_weights_are_touched():
+    model = LanguageModel(tiny_causal("llama", layers=1))
+    source = OfflineSource(Unweighted(), seed=5, num_steps=1, batch_examples=2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    stage = Stage("tiny", model, Likelihood(), source, None)
+    with pytest.raises(DataError, match=r"step 1: nothing in its rows is trained on \(row:\d+, row:\d+\)"):
+        fit.train_step(stage, build_optimizer(model, OPTIM), FitSpec(3, OPTIM, eval_every=2, save_every=9, keep=1), 1)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_warm_up_as_long_as_the_run_is_pointed_out():
+    def note(warmup):
+        optim = OptimSpec(learning_rate=1e-3, warmup_steps=warmup)
+        return warmup_note(FitSpec(3, optim, eval_every=2, save_every=9, keep=1), 9)
+
+    assert "9 steps of 9: the rate rises to 0.0009 and never reaches train.learning_rate, 0.001" in note(9)
+    assert note(8) == ""
 
 
 def test_every_step_has_one_line_from_step_1_on(tmp_path):

@@ -24,7 +24,7 @@ from tunesmith.engine.metrics import MetricsLog
 from tunesmith.engine.optim import clip, gradient_norm, moments_finite, rate_at, set_rate
 from tunesmith.engine.signals import StopSignals
 from tunesmith.engine.state import TrainState
-from tunesmith.errors import Interrupted, NonFiniteError, RunError, TunesmithError
+from tunesmith.errors import DataError, Interrupted, NonFiniteError, RunError, TunesmithError
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +58,9 @@ def fit(
 ) -> Progress:
     """Train `stage` from `state.step` to the source's last step; the best weights are in the model afterwards.
 
-    Raises `NonFiniteError` before a step that would spoil the weights and `Interrupted` after a signal; in both
-    cases the last good checkpoint stands. What a source cannot give (a reward that fails) ends the run too, and the
-    steps before it are saved.
+    Raises `NonFiniteError` before a step that would spoil the weights and `Interrupted` after a signal, one in the
+    last step too; in both cases the last good checkpoint stands. What a source cannot give (a reward that fails) ends
+    the run too, and the steps before it are saved.
     """
     progress: Progress = state.progress
     if not resumed:
@@ -81,7 +81,7 @@ def fit(
             files.metrics.append(line)
             _record_time(files, progress, started, tokens, line, stage.source.num_steps, show)
             over = _after_step(stage, state, spec, files, say)
-            if stop.requested and step < stage.source.num_steps:
+            if stop.requested:
                 save(stage, state, spec, files)
                 raise Interrupted(_farewell(stop.name, step), stop.exit_code)
             if over:
@@ -96,6 +96,8 @@ def train_step(
     """One optimizer step over its micro-batches -> (its line in metrics.jsonl, its tokens)."""
     batches = [batch.to(spec.device) for batch in stage.source.step_batches(step)]
     count = sum(stage.objective.count(batch) for batch in batches)
+    if not count:
+        raise DataError(_nothing_to_learn(step, [o for b in batches for o in b.origins]))
     stage.model.train()
     optimizer.zero_grad(set_to_none=True)
     total, sums = 0.0, dict[str, tuple[float, float]]()
@@ -240,10 +242,20 @@ def _guilty(stage: Stage, batch: Batch) -> list[str]:
     return [batch.origins[i] for i in bad] if bad else list(batch.origins)
 
 
-def _not_finite(what: str, step: int, origins: Sequence[str]) -> str:
-    shown = ", ".join(origins[:8]) + (f" and {len(origins) - 8} more" if len(origins) > 8 else "")
+def _shown(origins: Sequence[str]) -> str:
+    return ", ".join(origins[:8]) + (f" and {len(origins) - 8} more" if len(origins) > 8 else "")
+
+
+def _nothing_to_learn(step: int, origins: Sequence[str]) -> str:
     return (
-        f"step {step}: {what} is NaN or infinite, found before the weights were touched. Rows: {shown}. "
+        f"step {step}: nothing in its rows is trained on ({_shown(origins)}); mend these rows, or leave them out. "
+        "The weights are as the step before left them"
+    )
+
+
+def _not_finite(what: str, step: int, origins: Sequence[str]) -> str:
+    return (
+        f"step {step}: {what} is NaN or infinite, found before the weights were touched. Rows: {_shown(origins)}. "
         "The last good checkpoint stands; lower train.learning_rate, set train.clip_norm, or look at these rows"
     )
 

@@ -17,7 +17,7 @@ from tunesmith.data.encode import tokenizer_hash
 from tunesmith.data.source import OfflineSource
 from tunesmith.data.store import SampleStore
 from tunesmith.engine.contracts import FitSpec, Stage
-from tunesmith.engine.optim import OptimSpec
+from tunesmith.engine.optim import OptimSpec, rate_at
 from tunesmith.evaluate.generate import GenerationResult
 from tunesmith.evaluate.intervals import Estimate, Statistic
 from tunesmith.model.language import LanguageModel
@@ -126,6 +126,16 @@ def make_source(
         groups=store.groups,
         **({} if make_batch is None else {"make_batch": make_batch}),
     )
+
+
+def warmup_note(spec: FitSpec, num_steps: int) -> str:
+    """What a warm-up that outlasts the run makes of its learning rate; empty when the rate is reached."""
+    warmup, wanted = spec.optim.warmup_steps, spec.optim.learning_rate
+    if warmup < num_steps:
+        return ""
+    reached = rate_at(spec.optim, num_steps - 1, num_steps)
+    return (f"note: train.warmup is {warmup} steps of {num_steps}: the rate rises to {reached:.2g} and never reaches "
+            f"train.learning_rate, {wanted:.2g}; lower train.warmup (a share below 1 fits any run)")  # fmt: skip
 
 
 def fit_spec(recipe: Recipe, num_steps: int, device: str) -> FitSpec:

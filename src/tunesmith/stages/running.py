@@ -25,7 +25,7 @@ from tunesmith.plan.hardware import environment, peak_memory_bytes
 from tunesmith.recipe import Recipe, Resolved, load_resolved
 from tunesmith.rundir import RunDir
 from tunesmith.stages import finals, measuring
-from tunesmith.stages.job import Built, Job, fit_spec, identity
+from tunesmith.stages.job import Built, Job, fit_spec, identity, warmup_note
 from tunesmith.stages.measuring import Moment
 from tunesmith.stages.prepare import STAGES, prepare
 
@@ -85,6 +85,8 @@ def _train(
 ) -> dict[str, Any]:
     started = time.perf_counter()
     stage, spec = built.stage, fit_spec(job.recipe, built.stage.source.num_steps, job.device)
+    if note := warmup_note(spec, stage.source.num_steps):
+        say(note)
     state = TrainState(
         step=0,
         model=stage.model,
