@@ -207,3 +207,9 @@ def test_ids_come_back_as_the_text_they_were_made_of():
         text = "".join(rng.choices("aé\n 漢\t{}🙂ß'\"0", k=rng.randint(1, 30)))
         (sample,) = Encoder(tokenizer, "pretrain", 512)(Text(text))
         assert tokenizer.decode(sample.ids[:-1]) == text and np.all(sample.ids < len(tokenizer))
+
+
+def test_a_text_of_nothing_but_special_tokens_has_nothing_to_mask_and_is_left_out():
+    encoder = Encoder(_tokenizer(cls=True), "mlm", 20)
+    assert encoder(Text("<unk><unk>")) == [] and encoder.tally["dropped_nothing_to_predict"] == 1
+    assert len(encoder(Text("<unk> a"))) == 1 and encoder.tally["dropped_nothing_to_predict"] == 1

@@ -88,15 +88,19 @@ class Encoder:
         return self._fit(ids, weights, origin)
 
     def _masked_text(self, text: str, origin: str) -> list[Sample]:
-        """Weights mark what may be masked; special tokens stand round every part."""
+        """Weights mark what may be masked; special tokens stand round every part. A part of nothing but special tokens
+        (`<unk>` is one) has nothing to mask, and is left out."""
         body = encode_text(self.tokenizer, text)
         before, after = self._marks.before, self._marks.after
         if not body:
             return self._left_out("dropped_nothing_to_predict")
         room = self.max_length - len(before) - len(after)
-        parts = self._cut(body, room)
+        special = set(self.tokenizer.all_special_ids)
         samples = []
-        for part in parts:
+        for part in self._cut(body, room):
+            if special.issuperset(part):
+                self.tally["dropped_nothing_to_predict"] += 1
+                continue
             ids = [*before, *part, *after]
             weights = [0.0] * len(before) + [1.0] * len(part) + [0.0] * len(after)
             weights[0] = 0.0
