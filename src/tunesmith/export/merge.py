@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,12 +45,13 @@ def export_run(
     base_name: str = "",
     dtype: torch.dtype | None = None,
     probes: Sequence[Sequence[int]] | None = None,
+    beside: Callable[[Path], object] | None = None,
 ) -> Exported:
     """Write `backbone` to the new folder `out` with its tokenizer and template; the backbone stays as it is.
 
-    `dtype` None keeps the one the base is stored in. Nothing is published unless the written files, opened again,
-    answer `probes` (token ids) as the trained model does. Raises ModelError for NaN or infinity, and RunError when
-    `out` is in use or cannot be written.
+    `dtype` None keeps the one the base is stored in; `beside` writes what else belongs into the folder. Nothing is
+    published unless the written files, opened again, answer `probes` (token ids) as the trained model does. Raises
+    ModelError for NaN or infinity, and RunError when `out` is in use or cannot be written.
     """
     out = Path(os.path.abspath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -65,6 +66,8 @@ def export_run(
             raise ModelError(f"export format {format!r} is not known: choose adapter or merged")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        if beside is not None:
+            beside(folder)
         num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return Exported(out, format, num_bytes, agreement)
 

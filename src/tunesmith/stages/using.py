@@ -225,8 +225,14 @@ def export(run: RunDir, to: Path, format: str, *, push_to: str | None, say: Say)
         )
     config = tuned.backbone.config.get_text_config()
     probes = probe_ids(config.vocab_size, avoid=config.pad_token_id)
-    done = export_run(tuned.backbone, tuned.tokenizer, to, format, base_name=tuned.recipe.base, probes=probes)  # type: ignore[arg-type]
-    write_readme(run, done.folder, library="peft" if format == "adapter" else "transformers")
+    library = "peft" if format == "adapter" else "transformers"
+
+    def card(folder: Path) -> None:
+        write_readme(run, folder, library=library)
+
+    done = export_run(
+        tuned.backbone, tuned.tokenizer, to, format, base_name=tuned.recipe.base, probes=probes, beside=card
+    )  # type: ignore[arg-type]
     say(f"{format} written to {done.folder} ({done.num_bytes:,} bytes)")
     if push_to is not None:
         say(f"sent to {push(done.folder, push_to)}, which is private")
