@@ -155,5 +155,5 @@ def test_what_is_written_names_rows_without_the_folders_of_this_machine(stage, r
     for name in written.keys() - {"inputs.json"}:
         assert str(work) not in written[name], name
     assert not any(str(work) in note for note in json.loads(written["inputs.json"])["notes"])
-    assert f"{data}.jsonl:25 = {data}.jsonl:1" in written["result.json"]
+    assert f"{data}.jsonl:1 = {data}.jsonl:25" in written["result.json"]
     assert f'"{data}.jsonl:26"' in written["bad_rows.jsonl"] and f"{data}-eval.jsonl:1" in written["before.json"]
