@@ -11,6 +11,17 @@ import pytest
 from tunesmith.engine.signals import StopSignals
 
 
+@pytest.fixture(autouse=True)
+def ordinary_handlers():
+    """Handlers as in a foreground process: a suite started in the background has some of them ignored."""
+    ordinary = dict.fromkeys((signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1), signal.SIG_DFL)
+    ordinary[signal.SIGINT] = signal.default_int_handler
+    former = {number: signal.signal(number, handler) for number, handler in ordinary.items()}
+    yield
+    for number, handler in former.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGUSR1, 143)],

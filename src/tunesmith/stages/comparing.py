@@ -93,7 +93,8 @@ def tuning(text: str, start: Resolved) -> tuple[str, tuple[str, ...]]:
         if not sign:
             raise RecipeError(f"--tune {text}: write key=value after a colon, as in lora:rank=4")
         settings[key] = value
-    if "rank" in dict(p.partition("=")[::2] for p in pairs) and "alpha" not in text and method == "lora":
+    given = {pair.partition("=")[0] for pair in pairs} | ({"rank"} if equals and method == "lora" else set())
+    if "rank" in given and "alpha" not in given:
         settings.pop("alpha", None)  # twice the rank, as by default
     changes = [f"tune={json.dumps(_typed(settings))}"]
     return text, tuple(changes if same else [*changes, f"train.learning_rate={DEFAULTS[method]:g}"])
