@@ -99,9 +99,7 @@ class RunDir:
             except BlockingIOError:
                 owner = _owner(descriptor)
                 os.close(descriptor)
-                raise RunError(
-                    f"{self.path} is being written by {owner}; wait for it, or give this run another name"
-                ) from None
+                raise _busy(self.path, owner) from None
             except FileNotFoundError:
                 pass
             os.close(descriptor)
@@ -129,6 +127,24 @@ class RunDir:
     def finished(self) -> bool:
         """True when the run has its result."""
         return self.file("result").is_file()
+
+
+def _busy(path: Path, owner: str) -> RunError:
+    return RunError(f"{path} is being written by {owner}; wait for it, or give this run another name")
+
+
+def _refuse_busy(path: Path) -> None:
+    """`RunError` that names the process which writes to the folder now."""
+    try:
+        descriptor = os.open(path / LAYOUT["lock"], os.O_RDWR)
+    except OSError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _busy(path, _owner(descriptor)) from None
+    finally:
+        os.close(descriptor)
 
 
 def _owner(descriptor: int) -> str:
@@ -162,6 +178,7 @@ def create_run(name: str | None, *, stage: str, root: Path | str = "runs") -> Ru
     try:
         if path.exists() and not path.is_dir():
             raise RunError(f"{path} is a file; name a folder for the run")
+        _refuse_busy(path)
         refuse_taken(path)
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".writable"

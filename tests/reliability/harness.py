@@ -42,6 +42,7 @@ def spawn(job: Callable[[], Any]) -> int:
         return pid
     code = 1
     try:
+        _ordinary_signals()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         job()
         code = 0
@@ -54,6 +55,13 @@ def spawn(job: Callable[[], Any]) -> int:
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def _ordinary_signals() -> None:
+    """Handlers as in a foreground process: what is started in the background has some of them ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def finish(pid: int) -> int:
