@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-_SECRETS = re.compile(r"(?<=://)[^/\s@]{1,300}(?=@)|\b(?:hf_|sk-)[A-Za-z0-9_-]{16,}")
+_SECRETS = re.compile(
+    r"(?<=://)[^/\s@]{1,300}(?=@)"  # a login in an address
+    r"|\b(?:(?:hf_|sk-)[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}"  # model and code hubs
+    r"|AKIA[A-Z0-9]{16}|xox[abpr]-[A-Za-z0-9-]{10,})"  # clouds and chats
+)
 
 
 def masked(text: str) -> str:
-    """`text` without the login in an address and without access tokens: messages end in logs."""
+    """`text` without logins in addresses and without access tokens: the one list, for messages and pages."""
     return _SECRETS.sub("***", text)
 
 

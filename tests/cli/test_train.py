@@ -7,6 +7,8 @@ import json
 import pytest
 from safetensors.numpy import load_file
 from tests.cli.conftest import recipe_for, write_rows
+from tests.tiny import save_tiny
+from transformers import AutoConfig, AutoModel
 
 RESULT = {
     "run", "stage", "before", "after", "trainable_parameters", "total_parameters", "seconds", "peak_memory_bytes",
@@ -157,3 +159,21 @@ def test_what_is_written_names_rows_without_the_folders_of_this_machine(stage, r
     assert not any(str(work) in note for note in json.loads(written["inputs.json"])["notes"])
     assert f"{data}.jsonl:1 = {data}.jsonl:25" in written["result.json"]
     assert f'"{data}.jsonl:26"' in written["bad_rows.jsonl"] and f"{data}-eval.jsonl:1" in written["before.json"]
+
+
+def test_a_masked_base_without_its_head_trains_a_new_one_aloud_or_not_at_all(run, write, work):
+    config = AutoConfig.from_pretrained(work / "bert")
+    save_tiny(AutoModel.from_config(config, add_pooling_layer=False), work / "body")
+    whole = run("train", write("mlm"), "base=bert", "--run", "whole")
+    assert whole.code == 0 and "random head" not in whole.err
+    done = run("train", write("mlm"), "base=body", "tune={method: full}", "--run", "new")
+    assert done.code == 0 and "stored without the head" in done.err
+    report = (work / "runs" / "new" / "report.html").read_text()
+    assert "the loss of a random head" in report
+    frozen = run("train", write("mlm"), "base=body", "tune={method: lora, rank: 2}", "--run", "frozen")
+    assert frozen.code == 2 and "would not be trained" in frozen.err and not (work / "runs" / "frozen").exists()
+    also = run("train", write("mlm"), "base=body", "tune={method: lora, rank: 2, train_also: [head]}", "--run", "also")
+    assert also.code == 0, also.err
+    assert run("eval", "also", "--data", "texts-eval.jsonl", "--json").code == 0
+    bare = run("eval", "body", "--data", "texts-eval.jsonl", "--stage", "mlm")
+    assert bare.code == 2 and "stored without the head" in bare.err

@@ -86,7 +86,7 @@ def test_what_was_cut_is_kept_with_the_samples(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["ids", "weights", "offsets", "origins", "meta.json"])
-@pytest.mark.parametrize("damage", ["cut", "gone", "empty"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "empty", "one bit"])
 def test_a_damaged_store_is_made_again(file, damage, tmp_path):
     records = Counting([Text("a b c", "f:1"), Text("d e", "f:2")])
     store = build_store(records, _encoder(), tmp_path)
@@ -95,9 +95,15 @@ def test_a_damaged_store_is_made_again(file, damage, tmp_path):
     if damage == "gone":
         path.unlink()
     else:
-        path.write_bytes(path.read_bytes()[:-4] if damage == "cut" else b"")
-    again = build_store(records, _encoder(), tmp_path)
+        content = path.read_bytes()
+        turned = bytes([content[0] ^ 1]) + content[1:]
+        path.write_bytes({"cut": content[:-4], "empty": b"", "one bit": turned}[damage])
+    said: list[str] = []
+    again = build_store(records, _encoder(), tmp_path, say=said.append)
     assert records.times == 2 and [sample.ids.tolist() for sample in again] == before
+    assert len(said) == 1 and "damaged" in said[0] and str(store.folder) in said[0]
+    build_store(records, _encoder(), tmp_path, say=said.append)
+    assert records.times == 2 and len(said) == 1, "made anew, it is sound"
 
 
 def test_no_half_store_is_left_when_encoding_fails(tmp_path):

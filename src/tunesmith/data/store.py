@@ -7,9 +7,9 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from tunesmith.data.kinds import Record
 from tunesmith.data.naming import place
 from tunesmith.errors import DataError
 
-VERSION = 4
+VERSION = 5
 _FILES = {"ids": np.int32, "weights": np.float32, "offsets": np.int64, "labels": np.float32,
           "groups": np.int64, "origin_offsets": np.int64}  # fmt: skip
 
@@ -88,17 +88,26 @@ class SampleStore:
         return int(row[0]) if self.label_width == 1 else tuple(float(value) for value in row)
 
 
-def build_store(records: Records, encoder: Encoder, cache_dir: Path) -> SampleStore:
+def _silent(_: str) -> None:
+    pass
+
+
+def build_store(
+    records: Records, encoder: Encoder, cache_dir: Path, *, say: Callable[[str], None] = _silent
+) -> SampleStore:
     """The samples of `records`, from the cache when content and settings are the same, else encoded now.
 
-    Raises `DataError` when rows are too long under the policy `error`, naming the lengths that keep 100, 99 and 95 %
-    whole, and for everything that reading and encoding refuse.
+    What is in the cache is held against its checksums; damaged samples are told to `say` and encoded again. Raises
+    `DataError` when rows are too long under the policy `error`, naming the lengths that keep 100, 99 and 95 % whole,
+    and for everything that reading and encoding refuse.
     """
     key = sha256(f"{VERSION}/{records.fingerprint}/{encoder.key}".encode()).hexdigest()[:32]
     folder = Path(cache_dir) / "samples" / key
     files = tuple(getattr(records, "files", ()))
     found = _open(folder, key, files)
     if found is None:
+        if folder.exists():
+            say(f"warning: the encoded samples in {folder} are damaged; they are made again")
         _write(records, encoder, folder, key)
         found = _open(folder, key, files)
     if found is None:
@@ -156,10 +165,10 @@ def _write_samples(records: Iterable[Record], encoder: Encoder, folder: Path) ->
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     (folder / "offsets").write_bytes(offsets.tobytes())
     (folder / "origin_offsets").write_bytes(np.asarray(origins, np.int64).tobytes())
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    digests = {path.name: _digest(path) for path in folder.iterdir()}
     return {
         "version": VERSION, "files": getattr(records, "files", ()), "tally": dict(encoder.tally),
-        "num_targets": targets, "label_width": width, "sizes": sizes,
+        "num_targets": targets, "label_width": width, "sha256": digests,
     }  # fmt: skip
 
 
@@ -184,10 +193,10 @@ def _open(folder: Path, key: str, files: tuple[str, ...] = ()) -> SampleStore | 
     """The store, or None when it is not there or not whole. `files` is how the user calls now what was read then."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        sizes = {name: (folder / name).stat().st_size for name in meta["sizes"]}
+        digests = {name: _digest(folder / name) for name in meta["sha256"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if meta.get("fingerprint") != key or sizes != meta["sizes"] or not {*_FILES, "origins"} <= set(sizes):
+    if meta.get("fingerprint") != key or digests != meta["sha256"] or not {*_FILES, "origins"} <= set(digests):
         return None
     arrays = {name: _map(folder / name, np.dtype(kind)) for name, kind in _FILES.items()}
     lengths = np.diff(arrays["offsets"])
@@ -196,6 +205,11 @@ def _open(folder: Path, key: str, files: tuple[str, ...] = ()) -> SampleStore | 
         arrays["groups"] if len(arrays["groups"]) else None, arrays, _map(folder / "origins", np.dtype(np.uint8)),
         {old: new for old, new in zip(meta["files"], files, strict=False) if old != new},
     )  # fmt: skip
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def _map(path: Path, kind: np.dtype[Any]) -> NDArray[Any]:

@@ -8,13 +8,10 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from tunesmith.errors import masked
 from tunesmith.evaluate.compare import number
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-_SECRET = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}"
-    r"|AKIA[A-Z0-9]{16}|xox[abpr]-[A-Za-z0-9-]{10,})"
-)
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 STYLE = """
 :root{--ink:#1a1c20;--soft:#5b6470;--line:#dfe3e8;--page:#fff;--tint:#f5f7f9;--good:#12693f;--bad:#a8221b;--flat:#8a5a00}
@@ -50,7 +47,7 @@ class Markup(str):
 
 def clean(value: Any) -> str:
     """Plain text fit to show: keys and tokens struck out, control and direction characters made visible."""
-    text = _SECRET.sub("[removed]", str(value).encode("utf-8", "backslashreplace").decode())
+    text = masked(str(value).encode("utf-8", "backslashreplace").decode())
     return _CONTROL.sub(lambda m: f"\\u{ord(m[0]):04x}", text.replace("\r\n", "\n"))
 
 

@@ -6,8 +6,9 @@ depends on (seed, step, row) in training and on the row alone when measuring, so
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
+from typing import Any
 
 from tunesmith.batch import Batch, Sample
 from tunesmith.data.batches import collate_mlm
@@ -20,6 +21,23 @@ from tunesmith.stages.job import Built, Job, Measured, make_source
 from tunesmith.stages.likelihood import measure_likelihood, quick_metrics
 
 KIND = "masked"
+
+
+def head_note(base: str, backbone: Any, learning: Collection[str]) -> str:
+    """What to tell of a head that the base was stored without and that begins random; empty when it has its own.
+
+    `learning` are the names of the parameters that train. Raises ModelError when part of such a head would not: it
+    would stay random for ever.
+    """
+    new = backbone.tunesmith_new
+    if not new:
+        return ""
+    missing = f"{base} was stored without the head that names masked words ({len(new)} tensors, {new[0]} the first)"
+    if not set(new) <= set(learning):
+        raise ModelError(f"{missing}: it begins random and would not be trained. Take the base's masked language "
+                         "model, or train the head too: tune.method: full, or tune.train_also: [head]")  # fmt: skip
+    return (f"warning: {missing}: it begins random, and is trained with the rest. What was measured before is "
+            "the loss of a random head, not of the base; the gain over it says little")  # fmt: skip
 
 
 def build(job: Job) -> Built:

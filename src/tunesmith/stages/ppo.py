@@ -130,7 +130,8 @@ def _text_mix(job: Job, spec: PpoSpec) -> Mix | None:
 
     context = getattr(job.backbone.config.get_text_config(), "max_position_embeddings", None) or 512
     encoder = Encoder(job.tokenizer, "pretrain", min(int(context), 512), "split")
-    store = build_store(read_records(locate(spec.ptx_data, job.folder), stage="pretrain"), encoder, cache_folder())
+    store = build_store(read_records(locate(spec.ptx_data, job.folder), stage="pretrain"), encoder, cache_folder(),
+                        say=job.say)  # fmt: skip
     return text_mix(store, job.recipe.seed, spec)
 
 

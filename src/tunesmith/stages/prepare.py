@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
@@ -212,7 +212,7 @@ def make_encoder(recipe: Recipe, tokenizer: Any, labels: tuple[str, ...], contex
 def _encode(
     records: Records, encoder: Encoder, what: str, recipe: Recipe, context_tokens: int | None, *, say: Say
 ) -> SampleStore | PromptSet:
-    store = store_of(records, encoder, recipe, context_tokens)
+    store = store_of(records, encoder, recipe, context_tokens, say=say)
     if len(store) == 0:
         raise DataError(f"no {what} sample is left after encoding; look at data.on_too_long and data.max_length")
     say(f"{what}: {len(store):,} samples, {store.num_tokens:,} tokens")
@@ -221,11 +221,13 @@ def _encode(
     return store
 
 
-def store_of(records: Records, encoder: Encoder, recipe: Recipe, context_tokens: int | None) -> SampleStore | PromptSet:
+def store_of(
+    records: Records, encoder: Encoder, recipe: Recipe, context_tokens: int | None, *, say: Say
+) -> SampleStore | PromptSet:
     """The records as the stage takes them: encoded samples, or prompts with their rows."""
     if recipe.stage in ONLINE:
         return _prompts(records, encoder, recipe, context_tokens)
-    return build_store(records, encoder, cache_folder())
+    return build_store(records, encoder, cache_folder(), say=say)
 
 
 def _prompts(records: Records, encoder: Encoder, recipe: Recipe, context_tokens: int | None) -> PromptSet:
@@ -304,6 +306,9 @@ def prepare(
     return Job(recipe, tokenizer, inputs, backbone, trainable, device, precision, base, folder, say=say), record
 
 
+    if recipe.stage == "mlm" and (note := mlm.head_note(recipe.base, backbone, trainable.names)):
+        say(note)
+        inputs = replace(inputs, notes=(*inputs.notes, note))
 def settled_device(wanted: str) -> str:
     """The device to use; `RecipeError` when it is not here."""
     try:

@@ -81,7 +81,7 @@ def _demonstrations(job: Job) -> Samples:
     records = read_records(path, stage="sft", template=data.asked_by(), on_bad_row=data.on_bad_row)
     context = getattr(job.backbone.config.get_text_config(), "max_position_embeddings", None) or 1024
     found = build_store(records, Encoder(job.tokenizer, "sft", data.max_length or int(context), "truncate_left"),
-                        cache_folder())  # fmt: skip
+                        cache_folder(), say=job.say)  # fmt: skip
     if len(found) == 0:
         raise DataError(f"reward_model.demonstrations: no row of {path} is left to calibrate on")
     return found

@@ -22,7 +22,7 @@ from tunesmith.plan.hardware import choose_device, choose_precision
 from tunesmith.recipe import Recipe, load_recipe, load_resolved
 from tunesmith.rollout.sampler import Sampler
 from tunesmith.rundir import RunDir, model_run, open_run
-from tunesmith.stages import finals
+from tunesmith.stages import finals, mlm
 from tunesmith.stages.finals import Tuned, classify_texts, longest_of, open_tuned
 from tunesmith.stages.job import Inputs, Job, Measured
 from tunesmith.stages.prepare import (
@@ -45,8 +45,11 @@ def evaluate(target: str | Path, data: str, *, stage: str | None, say: Say) -> d
     sets = read_sets(model.recipe, Path.cwd())
     labels = model.labels or (_own_labels(model.base, sets) if model.recipe.stage == "classify" else ())
     backbone = model.backbone if model.backbone is not None else load_model(model.recipe, model.base, labels)
+    if run is None and model.recipe.stage == "mlm":
+        mlm.head_note(model.base, backbone, ())
     context = base_record(model.base, trust=model.recipe.trust_remote_code)["context_tokens"]
-    store = store_of(sets.train, make_encoder(model.recipe, model.tokenizer, labels, context), model.recipe, context)
+    encoder = make_encoder(model.recipe, model.tokenizer, labels, context)
+    store = store_of(sets.train, encoder, model.recipe, context, say=say)
     say(f"{sets.train.describe()}: {len(store):,} samples")
     for text in tally(store):
         say(text)
