@@ -11,7 +11,18 @@ from itertools import repeat
 
 import numpy as np
 
-from tunesmith.data.kinds import Labelled, Pair, Ranking, Record, full_text, input_text, normalised
+from tunesmith.data.kinds import (
+    Chat,
+    Labelled,
+    Pair,
+    Ranking,
+    Record,
+    Text,
+    full_text,
+    input_text,
+    normalised,
+    output_text,
+)
 from tunesmith.data.rows import shown
 from tunesmith.errors import printable
 
@@ -54,37 +65,64 @@ def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
 
 
+def _folded(record: Record, whole: str, asked: str) -> str:
+    """`normalised(whole)`, from the input's where that is most of it: folding is the slow part of a check."""
+    if isinstance(record, Text):
+        return asked
+    return f"{asked} {normalised(output_text(record))}" if isinstance(record, Labelled) else normalised(whole)
+
+
+def _num_words(folded: str) -> int:
+    return folded.count(" ") + 1 if folded else 0
+
+
 class _Side:
     """What one pass over a record set leaves: per row 8-byte digests and an origin; labels and lengths as counts."""
 
-    def __init__(self, records: Iterable[Record], each: Callable[[int, str], None] | None = None) -> None:
+    def __init__(
+        self,
+        records: Iterable[Record],
+        each: Callable[[int, str], None] | None = None,
+        marks: re.Pattern[str] | None = None,
+    ) -> None:
         self.origins: list[str] = []
         self.exact: list[int] = []
         self.folded: list[int] = []
         self.inputs: list[int] = []
         self.labels: Counter[str] = Counter()
         self.label_of: list[tuple[int, str]] = []
+        self.answer_of: list[tuple[int, int]] = []
+        self.order_of: list[tuple[int, int, int]] = []
+        self.marked: list[str] = []
         self.same_pairs: list[str] = []
         self.tied: list[str] = []
         self.words: list[int] = []
         self.multi_label = False
         for record in records:
-            self._add(record, each)
+            self._add(record, each, marks)
 
-    def _add(self, record: Record, each: Callable[[int, str], None] | None) -> None:
+    def _add(self, record: Record, each: Callable[[int, str], None] | None, marks: re.Pattern[str] | None) -> None:
         whole, asked = full_text(record), normalised(input_text(record))
+        if marks is not None and marks.search(whole):
+            self.marked.append(record.origin)
         self.origins.append(record.origin)
         self.exact.append(_digest(whole))
-        self.folded.append(_digest(normalised(whole)))
+        folded = _folded(record, whole, asked)
+        self.folded.append(_digest(folded))
         self.inputs.append(_digest(asked))
-        self.words.append(len((asked if isinstance(record, Labelled) else whole).split()))
+        self.words.append(_num_words(asked if isinstance(record, Labelled) else folded))
         if isinstance(record, Labelled):
             names = (record.label,) if isinstance(record.label, str) else record.label
             self.multi_label |= not isinstance(record.label, str)
             self.labels.update(names)
             self.label_of.append((self.inputs[-1], ", ".join(sorted(names))))
-        if isinstance(record, Pair) and normalised(record.chosen) == normalised(record.rejected):
-            self.same_pairs.append(record.origin)
+        if isinstance(record, Chat):
+            self.answer_of.append((self.inputs[-1], _digest(normalised(output_text(record)))))
+        if isinstance(record, Pair):
+            better, worse = _digest(normalised(record.chosen)), _digest(normalised(record.rejected))
+            self.order_of.append((self.inputs[-1], better, worse))
+            if better == worse:
+                self.same_pairs.append(record.origin)
         if isinstance(record, Ranking) and len(set(record.ranks)) == 1:
             self.tied.append(record.origin)
         if each is not None:
@@ -95,18 +133,25 @@ class _Side:
 
 
 def check_records(
-    train: Iterable[Record], eval: Iterable[Record] | None = None, *, ngrams: bool = True
+    train: Iterable[Record],
+    eval: Iterable[Record] | None = None,
+    *,
+    ngrams: bool = True,
+    marks: Sequence[str] = (),
 ) -> list[Finding]:
     """Everything found in one pass over each set, errors first. Holds about 200 bytes a row, and eval's 13-grams.
 
     `ngrams=False` leaves out the search for 13-word overlaps (GPT-3, arXiv:2005.14165, appendix C), the slow part.
+    `marks` are the special tokens of the tokenizer, which no text should hold.
     """
     grams = _Ngrams() if eval is not None and ngrams else None
-    other = None if eval is None else _Side(eval, grams.add if grams else None)
+    wanted = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True)))) if marks else None
+    other = None if eval is None else _Side(eval, grams.add if grams else None, wanted)
     if grams:
         grams.close()
-    side = _Side(train, grams.look if grams else None)
+    side = _Side(train, grams.look if grams else None, wanted)
     found = [*_size(side), *_duplicates(side), *_labels(side, other), *_same_pairs(side), *_tied(side)]
+    found += [*_answers(side), *_orders(side), *_marked(side), *_one_sided(other)]
     if other is not None:
         leaks, taken = _leaks(side, other)
         found += [*leaks, *(grams.findings(side.origins, other.origins, taken) if grams else [])]
@@ -191,6 +236,51 @@ def _contradictions(side: _Side) -> Iterator[Finding]:
     if found:
         text = f"{len(found)} training rows give a text another label than an earlier row does"
         yield Finding("label_noise", "warning", text, len(found), len(side), tuple(found[:MAX_EXAMPLES]))
+
+
+def _answers(side: _Side) -> Iterator[Finding]:
+    """The same question answered in two ways, and one answer to everything."""
+    first: dict[int, int] = {}
+    found: list[str] = []
+    for number, (asked, answer) in enumerate(side.answer_of):
+        before = first.setdefault(asked, number)
+        if side.answer_of[before][1] != answer:
+            found.append(f"{side.origins[before]} = {side.origins[number]}")
+    total = len(side.answer_of)
+    if found:
+        text = f"{len(found)} training rows answer a prompt in another way than an earlier row does"
+        yield Finding("two_answers", "warning", text, len(found), total, tuple(found[:MAX_EXAMPLES]))
+    top = Counter(answer for _, answer in side.answer_of).most_common(1)
+    if top and total > 1 and top[0][1] / total >= SKEWED_SHARE:
+        text = f"{top[0][1]} of {total} training rows have the same answer"
+        yield Finding("one_answer", "warning", text, top[0][1], total)
+
+
+def _orders(side: _Side) -> Iterator[Finding]:
+    """Pairs of which an earlier row says the opposite."""
+    seen: dict[tuple[int, int, int], int] = {}
+    found: list[str] = []
+    for number, (asked, better, worse) in enumerate(side.order_of):
+        seen.setdefault((asked, better, worse), number)
+        if better != worse and (asked, worse, better) in seen:
+            found.append(f"{side.origins[seen[asked, worse, better]]} = {side.origins[number]}")
+    if found:
+        text = f"{len(found)} pairs prefer the answer that an earlier pair rejects"
+        yield Finding("both_orders", "warning", text, len(found), len(side.order_of), tuple(found[:MAX_EXAMPLES]))
+
+
+def _marked(side: _Side) -> Iterator[Finding]:
+    if side.marked:
+        text = (f"{len(side.marked)} training rows hold a special token of the tokenizer as text, which then acts as "
+                "one")  # fmt: skip
+        yield Finding("special_text", "warning", text, len(side.marked), len(side), tuple(side.marked[:MAX_EXAMPLES]))
+
+
+def _one_sided(other: _Side | None) -> Iterator[Finding]:
+    if other is not None and len(other.labels) == 1 and not other.multi_label and len(other) > 1:
+        name, count = other.labels.most_common(1)[0]
+        text = f"every held-out row has the label {shown(name, 40)!r}, so that always saying it would be right"
+        yield Finding("one_held_out_label", "warning", text, count, len(other))
 
 
 def _same_pairs(side: _Side) -> Iterator[Finding]:

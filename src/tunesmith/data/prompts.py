@@ -41,6 +41,11 @@ class PromptSet:
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
 
+    def flat(self, start: int, stop: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """(ids, weights) of the prompts from `start` to before `stop`, one behind the other."""
+        ids = np.asarray([i for part in self.ids[start:stop] for i in part], np.int32)
+        return ids, np.zeros(len(ids), np.float32)
+
     def origin(self, index: int) -> str:
         """Where the prompt stands, as `file:line`."""
         return self.records[index].origin

@@ -70,6 +70,17 @@ class SampleStore:
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
 
+    def flat(self, start: int, stop: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """(ids, weights) of the samples from `start` to before `stop`, one behind the other."""
+        offsets = self._arrays["offsets"]
+        part = slice(int(offsets[start]), int(offsets[stop]))
+        return self._arrays["ids"][part], self._arrays["weights"][part]
+
+    @property
+    def labels(self) -> NDArray[np.float32]:
+        """Of each sample the number of its class, or a column for each label `[n, label_width]`."""
+        return np.asarray(self._arrays["labels"]).reshape(len(self), -1)
+
     def origin(self, index: int) -> str:
         """Where the sample's record stands, as `file:line`."""
         offsets = self._arrays["origin_offsets"]
