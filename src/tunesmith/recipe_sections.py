@@ -55,7 +55,11 @@ class DataSpec(Section):
     split: SplitSpec | None = None
     """Hold out a share of `train` instead of naming `eval` or `test`."""
     group_key: str | None = None
-    """Column whose equal values stay on one side of a split."""
+    """Column whose equal values stay on one side of a split, and are counted for `max_per_key`."""
+    max_per_key: Positive | None = None
+    """Most training rows with the same `group_key`; the others are left out and counted (2203.02155, 3.2: 200 a user)."""
+    on_personal: Literal["keep", "drop"] = "keep"
+    """Train on rows that hold e-mail addresses, phone, card or account numbers, or leave them out and count them."""
     format: str | None = None
     """Format of the rows, when recognition should not be left to chance."""
     columns: dict[str, str] | None = None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.tiny import tiny_tokenizer
 
-from tunesmith.data.kinds import input_text
-from tunesmith.errors import DataError
+from tunesmith.data.kinds import full_text, input_text
+from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe import load_recipe
 from tunesmith.stages.prepare import locate, probe, read_sets
 
@@ -54,3 +56,30 @@ def test_held_out_rows_of_a_mix_are_asked_by_the_template_that_its_parts_share(p
     sets = read_sets(recipe, project)
     assert sets.eval is not None
     assert input_text(next(iter(sets.eval))) == "Frage: two? Antwort: " == input_text(next(iter(sets.train)))
+
+
+def test_training_rows_are_capped_and_cleaned_and_held_out_rows_are_not(project: Path) -> None:
+    rows = [{"text": f"row {i} of {i % 4}" + " me@host.org" * (i % 5 == 0), "user": str(i % 4)} for i in range(40)]
+    for name in ("train", "held"):
+        (project / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data: dict[str, Any] = {
+        "train": "train.jsonl", "eval": "held.jsonl", "group_key": "user", "max_per_key": 3, "on_personal": "drop"
+    }  # fmt: skip
+    recipe = load_recipe({"stage": "pretrain", "base": "b", "data": data}).recipe
+    sets = read_sets(recipe, project)
+    texts = [input_text(record) or full_text(record) for record in sets.train]
+    assert len(texts) == 12 and not any("@" in text for text in texts) and len(list(sets.eval or ())) == 40
+    assert sets.train.narrowed == (
+        "without personal data (8 of 40 left out: e-mail address in 8)",
+        "at most 3 rows for each user, seed 42 (20 of 32 left out)",
+    )
+    parts = {"mix": [{"path": "train.jsonl"}, {"path": "held.jsonl"}], "eval": "held.jsonl"}
+    mixed = {key: value for key, value in data.items() if key != "train"} | parts
+    both = read_sets(load_recipe({"stage": "pretrain", "base": "b", "data": mixed}).recipe, project)
+    assert len(both.train) == 24 and len(both.train.narrowed) == 4
+    plain = {key: data[key] for key in ("train", "eval")}
+    assert (
+        read_sets(load_recipe({"stage": "pretrain", "base": "b", "data": plain}).recipe, project).train.narrowed == ()
+    )
+    with pytest.raises(RecipeError, match=r"name the column as `data\.group_key`"):
+        load_recipe({"stage": "pretrain", "base": "b", "data": plain | {"max_per_key": 3}})

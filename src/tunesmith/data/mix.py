@@ -56,6 +56,11 @@ class Mixed:
         return sum(part.num_bad for part in self.parts)
 
     @property
+    def narrowed(self) -> tuple[str, ...]:
+        """What was left out of each set for good."""
+        return tuple(told for part in self.parts for told in part.narrowed)
+
+    @property
     def bad_rows(self) -> tuple[BadRow, ...]:
         """The first of them in each set, with their places."""
         return tuple(row for part in self.parts for row in part.bad_rows)

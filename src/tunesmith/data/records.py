@@ -73,6 +73,7 @@ class RecordSet:
         self.columns: Mapping[str, str] = layout.columns
         self.template = template
         self.notes = notes
+        self.narrowed: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Record]:
         return (record for _, record in self.rows())

@@ -35,17 +35,25 @@ class Records(Protocol):
     def template(self) -> Template | None: ...
     def __iter__(self) -> Iterator[Record]: ...
     def __len__(self) -> int: ...
+    @property
+    def narrowed(self) -> tuple[str, ...]: ...
     def describe(self) -> str: ...
 
 
 class Subset:
-    """The rows of a record set that `keep` chooses by their number (from 0). Reads like a `RecordSet`."""
+    """The rows of a record set that `keep` chooses by their number (from 0). Reads like a `RecordSet`.
 
-    def __init__(self, records: RecordSet | Subset, keep: Callable[[int], bool], name: str, *, count: int) -> None:
+    `narrowed` tells what was left out of the data for good, which a share of a split is not.
+    """
+
+    def __init__(
+        self, records: RecordSet | Subset, keep: Callable[[int], bool], name: str, *, count: int, note: str = ""
+    ) -> None:
         self._records = records
         self._keep = keep
         self._count = count
         self.name = name
+        self.narrowed: tuple[str, ...] = (*records.narrowed, *([note] if note else []))
         self.stage: str = records.stage
         self.format: str = records.format
         self.columns: Mapping[str, str] = records.columns
@@ -161,21 +169,36 @@ def cap_per_key(records: RecordSet | Subset, key: Key, limit: int, *, seed: int 
         kept.update(sorted(numbers, key=lambda number: _draw(str(number), seed, "cap"))[:limit])
     total = sum(map(len, rows.values()))
     name = f"at most {limit} rows for each {key if isinstance(key, str) else 'key'}, seed {seed}"
-    return Subset(records, kept.__contains__, f"{name} ({total - len(kept)} of {total} left out)", count=len(kept))
+    told = f"{name} ({total - len(kept)} of {total} left out)"
+    return Subset(records, kept.__contains__, told, count=len(kept), note=told)
 
 
 def without_personal(records: RecordSet | Subset) -> tuple[Subset, dict[str, int]]:
     """Rows without e-mail addresses, phone, card and account numbers; how many rows held each. A filter, no proof."""
     counts: Counter[str] = Counter()
     kept: set[int] = set()
+    total = 0
     for number, record in enumerate(records):
+        total += 1
         found = [kind for kind, pattern in PERSONAL.items() if pattern.search(full_text(record))]
         counts.update(found)
         if not found:
             kept.add(number)
     if not kept:
         raise DataError("personal data: every row holds some; nothing would be left")
-    return Subset(records, kept.__contains__, "without personal data", count=len(kept)), dict(counts)
+    found = ", ".join(f"{kind} in {count}" for kind, count in sorted(counts.items()))
+    told = f"without personal data ({total - len(kept)} of {total} left out{': ' * bool(found)}{found})"
+    return Subset(records, kept.__contains__, told, count=len(kept), note=told), dict(counts)
+
+
+def narrowed(
+    records: RecordSet | Subset, *, key: str | None, max_per_key: int | None, personal: bool, seed: int
+) -> RecordSet | Subset:
+    """What is left to train on: without rows that hold personal data unless `personal`, then at most `max_per_key` a
+    value of the column `key`."""
+    if not personal:
+        records = without_personal(records)[0]
+    return records if max_per_key is None or key is None else cap_per_key(records, key, max_per_key, seed=seed)
 
 
 def balanced(records: RecordSet | Subset, per_label: int, seed: int) -> Subset:

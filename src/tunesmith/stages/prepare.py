@@ -16,7 +16,7 @@ from tunesmith.data.mix import Mixed
 from tunesmith.data.naming import place, short_names, shortened
 from tunesmith.data.prompts import PromptSet, encode_prompts
 from tunesmith.data.records import Labelled, Record, RecordSet, Text, read_records
-from tunesmith.data.split import split_records
+from tunesmith.data.split import Subset, narrowed, split_records
 from tunesmith.data.store import SampleStore, build_store
 from tunesmith.errors import DataError, RecipeError, several
 from tunesmith.model.load import base_record, load_backbone, load_tokenizer
@@ -62,9 +62,13 @@ def read_sets(recipe: Recipe, folder: Path) -> Sets:
         )  # fmt: skip
 
     if data.mix is not None:
-        parts = [(read(p.path, p.format, p.columns, p.template), p.weight) for p in data.mix]
+        parts = [(narrow(read(p.path, p.format, p.columns, p.template)), p.weight) for p in data.mix]
         train: Records = Mixed(parts, recipe.seed)
     else:
+    def narrow(records: RecordSet | Subset) -> RecordSet | Subset:
+        return narrowed(records, key=data.group_key, max_per_key=data.max_per_key,
+                        personal=data.on_personal == "keep", seed=recipe.seed)  # fmt: skip
+
         assert data.train is not None, "the recipe is checked"
         train = read(data.train)
     held_out = read(data.eval) if data.eval is not None else None
@@ -72,7 +76,7 @@ def read_sets(recipe: Recipe, folder: Path) -> Sets:
     if data.split is not None:
         train, split_eval, split_test = _split(recipe, train)
         held_out, test = held_out or split_eval, test or split_test
-    return Sets(train, held_out, test)
+    return Sets(train if isinstance(train, Mixed) else narrow(train), held_out, test)
 
 
 def _split(recipe: Recipe, records: Records) -> tuple[Records, Records | None, Records | None]:
@@ -125,7 +129,7 @@ def make_inputs(
     What is kept, the origins of the samples too, names files shortly: it stands in pages that are passed on.
     """
     labels = label_names(recipe, sets) if recipe.stage == "classify" else ()
-    findings = [*map(str, look_at(recipe, sets)), *left_out(sets)]
+    findings = [*map(str, look_at(recipe, sets)), *left_out(sets), *(f"training: {t}" for t in sets.train.narrowed)]
     for finding in findings:
         say(finding)
     encoder = make_encoder(recipe, tokenizer, labels, context_tokens)
