@@ -160,6 +160,9 @@ def _undone(raw: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[str
     if values["train"]["early_stopping"] and _given(raw, "train.select_by") and values["train"]["select_by"] is None:
         text = "`train.early_stopping` needs a metric that stops improving: name one as `train.select_by`"
         problems.append(("train.select_by", text))
+    if values["data"]["max_per_key"] is not None and values["data"]["group_key"] is None:
+        problems.append(("data.max_per_key", "`data.max_per_key` counts the rows of each value of a column: name the "
+                         "column as `data.group_key`"))  # fmt: skip
     return problems
 
 
@@ -173,9 +176,6 @@ def _contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     if train["batch_examples"] is not None and train["batch_tokens"] is not None:
         problems.append(
             ("train.batch_tokens", "`train.batch_examples` and `train.batch_tokens` both size a step; keep one")
-    if values["data"]["max_per_key"] is not None and values["data"]["group_key"] is None:
-        problems.append(("data.max_per_key", "`data.max_per_key` counts the rows of each value of a column: name the "
-                         "column as `data.group_key`"))  # fmt: skip
         )
     if stage in _ASKED and data["template"] is None and len(_part_templates(data)) > 1:
         problems.append(("data.mix", "the parts of `data.mix` have different templates: name as `data.template` the "

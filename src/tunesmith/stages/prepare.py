@@ -61,14 +61,14 @@ def read_sets(recipe: Recipe, folder: Path) -> Sets:
             on_bad_row=data.on_bad_row, template=data.asked_by(template),
         )  # fmt: skip
 
-    if data.mix is not None:
-        parts = [(narrow(read(p.path, p.format, p.columns, p.template)), p.weight) for p in data.mix]
-        train: Records = Mixed(parts, recipe.seed)
-    else:
     def narrow(records: RecordSet | Subset) -> RecordSet | Subset:
         return narrowed(records, key=data.group_key, max_per_key=data.max_per_key,
                         personal=data.on_personal == "keep", seed=recipe.seed)  # fmt: skip
 
+    if data.mix is not None:
+        parts = [(narrow(read(p.path, p.format, p.columns, p.template)), p.weight) for p in data.mix]
+        train: Records = Mixed(parts, recipe.seed)
+    else:
         assert data.train is not None, "the recipe is checked"
         train = read(data.train)
     held_out = read(data.eval) if data.eval is not None else None
@@ -305,14 +305,14 @@ def prepare(
     if trainable.trainable == 0:
         raise RecipeError("nothing would train: no parameter requires a gradient; look at `tune`")
     say(trainable.describe())
+    if recipe.stage == "mlm" and (note := mlm.head_note(recipe.base, backbone, trainable.names)):
+        say(note)
+        inputs = replace(inputs, notes=(*inputs.notes, note))
     if recipe.train.checkpoint_activations:
         backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Job(recipe, tokenizer, inputs, backbone, trainable, device, precision, base, folder, say=say), record
 
 
-    if recipe.stage == "mlm" and (note := mlm.head_note(recipe.base, backbone, trainable.names)):
-        say(note)
-        inputs = replace(inputs, notes=(*inputs.notes, note))
 def settled_device(wanted: str) -> str:
     """The device to use; `RecipeError` when it is not here."""
     try:
