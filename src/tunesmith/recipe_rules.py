@@ -37,6 +37,7 @@ METHOD_KEYS = {
     "init": {"lora"},
     "rank_stabilized": {"lora"},
     "dora": {"lora"},
+    "quantize": {"lora"},
     "adapter": {"lora"},
     "train_also": {"lora", "peft", "bias"},
     "peft": {"peft"},

@@ -111,6 +111,9 @@ class TuneSpec(Section):
     """Learn magnitude and direction apart (2402.09353)."""
     train_also: list[str] | None = None
     """Modules trained fully beside the adapter, by name; `embeddings` and `head` fit every family."""
+    quantize: Literal["none", "8bit", "4bit"] | None = None
+    """Hold the base's frozen linear layers in few bits (QLoRA, 2305.14314): `4bit` is NormalFloat with double
+    quantisation, `8bit` absmax in blocks; `none` when not set."""
     adapter: str | None = None
     """Folder of an adapter to go on from."""
     peft: dict[str, Any] | None = None

@@ -68,7 +68,7 @@ def test_ten_billion_parameters_in_mixed_precision_take_160_gb():
 
 
 def some_plan(**changes):
-    shape = shapes.StepShape(1000, 100, 5000, 10, 20, (50, 8, False), 16)
+    shape = shapes.StepShape(1000, 100, 5000, 10, 20, (50, 8, False), 16, 4000)
     given = {"num_tokens": 10, "num_targets": 4, "file_bytes": 2000, "runtime": 0, "optimizer": "adamw", "bf16": False}
     return plan_memory(shape, **(given | changes))
 

@@ -13,13 +13,12 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from tunesmith.data.chat import turn_end
 from tunesmith.engine.durable import disk_errors, fsync_folder, make_folder, publish, remove_folder
 from tunesmith.errors import ModelError
 from tunesmith.export.verify import Agreement, agree, logits_of, probe_ids
-from tunesmith.model import adapters, lora, peft_methods
+from tunesmith.model import adapters, lora, peft_methods, quantize
 from tunesmith.model.folder import explained, quiet
 from tunesmith.model.load import stored_dtype
 
@@ -188,9 +187,18 @@ def merged_model(backbone: Any, dtype: torch.dtype) -> Any:
 
 
 def _merged_state(backbone: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every tensor of the base under its own name; a tied one is the same tensor under each of its names."""
+    """Every tensor of the base under its own name; a tied one is the same tensor under each of its names.
+
+    A quantised matrix is unpacked and an update added to that, which is the function that was trained.
+    """
     layers = lora.lora_layers(backbone)
-    matrices = {f"{name}.base.weight": _stored(layer, dtype) for name, layer in layers.items() if not layer.merged}
+    matrices = {
+        f"{name}.base": _stored(layer.merged_matrix(), layer.base, dtype)
+        for name, layer in layers.items()
+        if not layer.merged
+    }
+    packed = {name: layer for name, layer in quantize.quantized_layers(backbone) if name not in matrices}
+    matrices |= {name: _stored(layer.matrix(), layer, dtype) for name, layer in packed.items()}
     made: dict[int, Tensor] = {}
     state: dict[str, Tensor] = {}
     inside = tuple(f"{name}." for name in layers)
@@ -198,8 +206,9 @@ def _merged_state(backbone: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         if name.startswith(inside) and ".base." not in name:
             continue
         clean = name.replace(".base.", ".") if name.startswith(inside) else name
-        if name in matrices:
-            state[clean] = matrices[name]
+        owner, _, leaf = name.rpartition(".")
+        if owner in matrices and leaf in ("weight", *quantize.STORED):
+            state[f"{clean.rpartition('.')[0]}.weight"] = matrices[owner]
             continue
         if id(tensor) not in made:
             value = tensor.detach()
@@ -208,6 +217,7 @@ def _merged_state(backbone: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     return state
 
 
-def _stored(layer: lora.LoraLinear, dtype: torch.dtype) -> Tensor:
-    matrix = layer.merged_matrix().to(dtype)
-    return matrix.t().contiguous() if isinstance(layer.base, Conv1D) else matrix
+def _stored(matrix: Tensor, base: nn.Module, dtype: torch.dtype) -> Tensor:
+    """`matrix [d, k]` as the layer `base` stores it."""
+    matrix = matrix.to(dtype)
+    return matrix.t().contiguous() if lora.is_turned(base) else matrix

@@ -18,10 +18,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import ModelError, several
-from tunesmith.model import lora, peft_methods
+from tunesmith.model import lora, peft_methods, quantize
 from tunesmith.model.hashing import backbone_hash
 
 PREFIX = "base_model.model."
@@ -192,6 +191,8 @@ def save_adapter(backbone: Any, folder: Path | str, base_name: str) -> Path:
         "inference_mode": True,
     }
     record = {"format": 1, "base": base_name, "base_hash": adapter.base_hash}
+    if (kind := quantize.quantized_as(backbone)) is not None:
+        record["trained_beside"] = f"the base in {kind}"
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
@@ -221,7 +222,7 @@ def _lora_config(backbone: nn.Module) -> dict[str, Any]:
         "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
         "use_rslora": stabilized,
         "use_dora": any(layer.lora_magnitude_vector is not None for layer in layers.values()),
-        "fan_in_fan_out": all(isinstance(layer.base, Conv1D) for layer in layers.values()),
+        "fan_in_fan_out": all(lora.is_turned(layer.base) for layer in layers.values()),
         "init_lora_weights": True,
         "bias": "none",
     }
@@ -263,6 +264,12 @@ def load_adapter(backbone: Any, folder: Path | str, *, base_name: str | None = N
             backbone.get_parameter(key).copy_(value)
     backbone.requires_grad_(False)
     return adapter
+
+
+def whole_modules(backbone: nn.Module, folder: Path) -> list[str]:
+    """Names of the modules that the adapter in `folder` holds whole, beside its low-rank parts."""
+    config, tensors = _read(folder)
+    return _also(backbone, config.get("modules_to_save") or (), tensors)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -325,7 +332,7 @@ def _refuse_misfits(backbone: nn.Module, folder: Path, tensors: Mapping[str, Ten
         if part and name not in modules:
             problems.append(f"{name}: this base has no such layer")
         elif part in ("A.weight", "B.weight") and tensor.dim() == 2 and lora.is_linear(modules[name]):
-            d, k = lora.weight_matrix(modules[name]).shape
+            d, k = lora.matrix_shape(modules[name])
             found, fits = (tensor.shape[1], k) if part[0] == "A" else (tensor.shape[0], d)
             if found != fits:
                 problems.append(f"{key}: made for width {found}, this base has {fits}")

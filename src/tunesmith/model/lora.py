@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import ModelError, several
+from tunesmith.model.quantize import QuantizedLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +41,26 @@ class LoraSpec:
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
 
-def weight_matrix(base: nn.Module) -> Tensor:
-    """The frozen matrix as `[d, k]` (out, in), whichever way the layer stores it."""
+def weight_matrix(base: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+    """The frozen matrix as `[d, k]` (out, in), whichever way the layer stores it; a quantised one is unpacked, fp32."""
+    if isinstance(base, QuantizedLinear):
+        return base.matrix(dtype or torch.float32)
     weight = cast(Tensor, base.weight)
-    return weight.t() if isinstance(base, Conv1D) else weight
+    matrix = weight.t() if isinstance(base, Conv1D) else weight
+    return matrix if dtype is None else matrix.to(dtype)
+
+
+def matrix_shape(base: nn.Module) -> tuple[int, int]:
+    """(d, k) of the frozen matrix."""
+    if isinstance(base, QuantizedLinear):
+        return base.out_features, base.in_features
+    d, k = weight_matrix(base).shape
+    return d, k
+
+
+def is_turned(base: nn.Module) -> bool:
+    """True where the layer stores, or stored before it was quantised, its matrix as `[k, d]`."""
+    return base.transposed if isinstance(base, QuantizedLinear) else isinstance(base, Conv1D)
 
 
 class _LoraFunction(torch.autograd.Function):
@@ -96,7 +113,7 @@ def _mask(like: Tensor, rate: float, seed: int) -> Tensor:
 
 
 class LoraLinear(nn.Module):
-    """A frozen `nn.Linear` or transformers `Conv1D` with an adapter beside it; master weights of A and B in fp32.
+    """A frozen `nn.Linear`, transformers `Conv1D` or `QuantizedLinear` with an adapter beside it; A and B in fp32.
 
     DoRA (Liu et al. 2024, arXiv:2402.09353) multiplies the sum by magnitude / norm, the norm held constant in the
     backward. PiSSA (Meng et al. 2024, arXiv:2404.02948) starts A and B at the leading singular vectors; its residual
@@ -109,11 +126,11 @@ class LoraLinear(nn.Module):
     def __init__(self, base: nn.Module, spec: LoraSpec, *, name: str = "") -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.out_features, self.in_features = weight_matrix(base).shape
+        self.out_features, self.in_features = matrix_shape(base)
         self.rank, self.scaling, self.dropout = spec.rank, spec.scaling, spec.dropout
         self.rank_stabilized = spec.rank_stabilized
         self.enabled, self.merged = True, False
-        device = weight_matrix(base).device
+        device = base.codes.device if isinstance(base, QuantizedLinear) else weight_matrix(base).device
         self.lora_A = nn.Parameter(torch.zeros(spec.rank, self.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, spec.rank, device=device))
         self.register_buffer("initial_A", None, persistent=False)
@@ -162,11 +179,11 @@ class LoraLinear(nn.Module):
             if isinstance(self.base, Conv1D) and bias is not None:
                 out = torch.addmm(bias, _rows(x), self.base.weight.to(x.dtype))
                 return out.view(*x.shape[:-1], self.out_features)
-            return nn.functional.linear(x, weight_matrix(self.base).to(x.dtype), bias)
+            return nn.functional.linear(x, weight_matrix(self.base, x.dtype), bias)
 
     def frozen_backward(self, grad: Tensor) -> Tensor:
         """g [..., d] -> g W0."""
-        return grad @ weight_matrix(self.base).to(grad.dtype)
+        return grad @ weight_matrix(self.base, grad.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., k] -> [..., d] in the compute dtype: autocast's, else the input's."""
@@ -205,7 +222,7 @@ class LoraLinear(nn.Module):
 def is_linear(module: nn.Module) -> bool:
     """True for what an adapter can stand beside. torch's own attention output reads its weight directly: not it."""
     odd = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    return isinstance(module, (nn.Linear, Conv1D)) and not odd
+    return isinstance(module, (nn.Linear, Conv1D, QuantizedLinear)) and not odd
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
@@ -227,7 +244,7 @@ def inject(model: nn.Module, names: Iterable[str], spec: LoraSpec) -> dict[str, 
         if not is_linear(module):
             problems.append(f"{name} is a {type(module).__name__}, not a linear layer")
             continue
-        d, k = weight_matrix(module).shape
+        d, k = matrix_shape(module)
         if not 1 <= spec.rank <= min(d, k):
             problems.append(f"rank {spec.rank} does not fit {name}, a {d} x {k} matrix: choose 1 to {min(d, k)}")
     if spec.init not in ("default", "pissa"):
@@ -254,7 +271,10 @@ def nonfinite(model: nn.Module) -> list[str]:
 
 
 def merge(model: nn.Module) -> None:
-    """Add each update into its frozen weight, in place. Raises ModelError, with nothing changed, on NaN or infinity."""
+    """Add each update into its frozen weight, in place. Raises ModelError, with nothing changed, on NaN or infinity.
+
+    A quantised weight is unpacked for good: the sum would not be the same in its bits.
+    """
     bad = nonfinite(model)
     if bad:
         raise ModelError(
@@ -262,6 +282,8 @@ def merge(model: nn.Module) -> None:
         )
     for layer in lora_layers(model).values():
         if not layer.merged:
+            if isinstance(layer.base, QuantizedLinear):
+                layer.base = layer.base.opened()
             _shift(layer, layer.merged_matrix() - weight_matrix(layer.base).float())
             layer.merged = True
 

@@ -28,6 +28,12 @@ class Layout(Enum):
     ALONE = "one by one"
 
 
+def recompute_activations(backbone: Any) -> None:
+    """Keep the input of each block alone and compute the rest again in the backward (1604.06174)."""
+    enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def position_offset(backbone: Any) -> int:
     """What the family adds to positions: 0, or pad + 1 for RoBERTa and its kin."""
     embeddings = getattr(backbone.base_model, "embeddings", None)

@@ -6,12 +6,12 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from tunesmith.errors import ModelError, several
-from tunesmith.model import adapters, lora
+from tunesmith.model import adapters, lora, quantize
 
 METHODS = ("full", "last_layers", "head", "lora", "bias", "peft")
 ALL_LINEAR = "all-linear"
@@ -22,7 +22,8 @@ class TrainableSpec:
     """What the user asked for. `targets` are layer names or their endings, or `all-linear`.
 
     `train_also` names modules trained fully beside an adapter (embeddings, heads). `peft` is the configuration of
-    another PEFT method, `peft_type` included. `adapter` is the folder of an adapter to go on from.
+    another PEFT method, `peft_type` included. `adapter` is the folder of an adapter to go on from. `quantize` is in
+    which bits the frozen linears beside a LoRA stand: `none`, `8bit` or `4bit`.
     """
 
     method: str = "full"
@@ -37,6 +38,7 @@ class TrainableSpec:
     train_also: Sequence[str] = ()
     peft: Mapping[str, Any] | None = None
     adapter: str | None = None
+    quantize: str = "none"
     seed: int = 0
 
 
@@ -76,11 +78,26 @@ def make_trainable(backbone: Any, spec: TrainableSpec) -> Trainable:
         raise ModelError("this model already carries an adapter: take it off (adapters.remove) or load the base anew")
     also = _modules_named(backbone, spec.train_also)
     backbone.requires_grad_(False)
+    if spec.quantize != "none":
+        _quantize(backbone, spec, also)
     if spec.method in ("lora", "peft"):
         declared = _add_adapter(backbone, spec, also)
     else:
         declared = _free(backbone, _plain(backbone, spec) | _parameters(backbone, also))
     return _checked(backbone, spec.method, declared)
+
+
+def _quantize(backbone: Any, spec: TrainableSpec, also: Sequence[str]) -> None:
+    """Every linear that an adapter could stand beside, in few bits: not the head, nor what learns fully or is tied."""
+    if spec.method != "lora":
+        raise ModelError(f"tune.quantize freezes the linear layers, so it is for method lora, not {spec.method}")
+    if spec.quantize not in quantize.BITS:
+        raise ModelError(f"tune.quantize {spec.quantize!r} is not known: choose none, {' or '.join(quantize.BITS)}")
+    whole = [*also, *(() if spec.adapter is None else adapters.whole_modules(backbone, Path(spec.adapter)))]
+    names = [name for name in find_targets(backbone, ALL_LINEAR) if not any(_inside(name, module) for module in whole)]
+    tied = _tied(backbone, names)
+    kind = cast(quantize.Kind, spec.quantize)
+    backbone.tunesmith_packed = quantize.quantize_linears(backbone, [n for n in names if n not in tied], kind)
 
 
 def _checked(backbone: nn.Module, method: str, declared: set[str]) -> Trainable:
@@ -96,7 +113,7 @@ def _checked(backbone: nn.Module, method: str, declared: set[str]) -> Trainable:
         method=method,
         names=tuple(found),
         trainable=sum(p.numel() for p in found.values()),
-        total=sum(p.numel() for p in backbone.parameters()),
+        total=quantize.num_parameters(backbone),
         tensors=len(found),
         lora_b=tuple(name for name in found if name.endswith("lora_B") or ".lora_B." in name),
         groups=tuple(groups.items()),
@@ -217,12 +234,18 @@ def _unknown(target: str, names: Sequence[str]) -> str:
     return f"target {target!r} matches no linear layer{hint}. This model has: {', '.join(endings)} (or all-linear)"
 
 
-def _refuse_tied(backbone: Any, chosen: Iterable[str]) -> None:
-    """A linear whose weight is also the embedding cannot carry an adapter that merges."""
+def _tied(backbone: Any, names: Iterable[str]) -> list[str]:
+    """Those of the linears `names` whose weight is also another module's, as of an output head the embedding's."""
     owners: dict[int, int] = {}
     for _, parameter in backbone.named_parameters(remove_duplicate=False):
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    tied = [name for name in chosen if owners.get(id(backbone.get_submodule(name).weight), 0) > 1]
+    own = {name: backbone.get_submodule(name)._parameters.get("weight") for name in names}
+    return [name for name, weight in own.items() if owners.get(id(weight), 0) > 1]
+
+
+def _refuse_tied(backbone: Any, chosen: Iterable[str]) -> None:
+    """A linear whose weight is also the embedding cannot carry an adapter that merges."""
+    tied = _tied(backbone, chosen)
     if tied:
         raise ModelError(f"{', '.join(tied)} shares its weight with another layer (a tied head): use train_also for it")
 

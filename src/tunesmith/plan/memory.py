@@ -50,19 +50,23 @@ def plan_memory(
     shape: StepShape, *, num_tokens: int, num_targets: int, file_bytes: int, runtime: int, optimizer: str, bf16: bool,
     rollouts: int = 0,
 ) -> MemoryPlan:  # fmt: skip
-    """The plan of one micro-batch of `num_tokens` tokens, `num_targets` of them predicted; weights are fp32."""
-    states = 4 * shape.parameters
+    """The plan of one micro-batch of `num_tokens` tokens, `num_targets` of them predicted; plain weights are fp32.
+
+    A quantised matrix is unpacked for each product: its numbers in the compute type and, on the way, fp32 and indices.
+    While a base is read and packed, it is there as it is stored.
+    """
     width = 2 if bf16 else 4
+    unpacking = shape.unpacked * (width + 8)
     return MemoryPlan(
-        weights=states,
+        weights=shape.weight_bytes,
         gradients=4 * shape.trainable,
         optimizer=4 * OPTIMIZER_NUMBERS[optimizer] * shape.trainable,
         activations=shape.kept_bytes,
         head=_head_bytes(shape, num_targets, width),
-        working=WORKING_ROWS * num_tokens * shape.widest * width,
+        working=WORKING_ROWS * num_tokens * shape.widest * width + unpacking,
         rollouts=rollouts,
         runtime=runtime,
-        loading=states + file_bytes,
+        loading=shape.weight_bytes + file_bytes,
     )
 
 

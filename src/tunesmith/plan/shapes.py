@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from tunesmith.model import attention
 from tunesmith.model.load import load_empty
 from tunesmith.model.packing import flat_hidden, position_offset
+from tunesmith.model.quantize import num_parameters, quantized_layers
 from tunesmith.model.trainable import TrainableSpec, make_trainable
 
 
@@ -26,7 +27,8 @@ class StepShape:
     """Of one micro-batch: bytes kept for the backward, and floating-point operations of matrix products.
 
     `parameters` and `trainable` count each parameter once; `head` is `(V, D)` of a language head and whether it
-    trains, None for a classifier; `widest` is the widest activation of a token, in numbers.
+    trains, None for a classifier; `widest` is the widest activation of a token, in numbers. `weight_bytes` are those of
+    the weights at rest, and `unpacked` the numbers of the largest quantised matrix (0: none is).
     """
 
     parameters: int
@@ -36,6 +38,8 @@ class StepShape:
     backward_flops: int
     head: tuple[int, int, bool] | None
     widest: int
+    weight_bytes: int
+    unpacked: int = 0
 
 
 def step_shape(
@@ -46,13 +50,15 @@ def step_shape(
     model.set_attn_implementation(attention.NAME)
     make_trainable(model, spec)
     model.train()
-    parameters = {id(p): p for p in model.parameters()}
-    trainable = sum(p.numel() for p in parameters.values() if p.requires_grad)
-    total = sum(p.numel() for p in parameters.values())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    packed = [layer for _, layer in quantized_layers(model)]
+    weight_bytes = 4 * sum(p.numel() for p in model.parameters()) + sum(layer.num_bytes for layer in packed)
+    unpacked = max((layer.out_features * layer.in_features for layer in packed), default=0)
+    total = num_parameters(model)
     head = _head(model, kind)
     forward, backward = _flops(model, sum(lengths), num_targets, head)
     kept, widest = _kept(model, lengths, causal=kind == "causal", bf16=bf16)
-    return StepShape(total, trainable, kept, forward, backward, head, widest)
+    return StepShape(total, trainable, kept, forward, backward, head, widest, weight_bytes, unpacked)
 
 
 def _head(model: Any, kind: str) -> tuple[int, int, bool] | None:

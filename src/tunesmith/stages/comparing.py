@@ -28,8 +28,10 @@ Json = dict[str, Any]
 RunTrial = Callable[["Trial", Path], None]
 """Trains one trial into a folder, or goes on with it."""
 SURE = 0.95
-_SHORT = {"last_layers": "layers", "lora": "rank"}
+_SHORT = {"last_layers": "layers", "lora": "rank", "4bit": "rank", "8bit": "rank"}
 """What a bare number after a method's name means: last_layers=2, lora=8."""
+_QUANTIZED = ("4bit", "8bit")
+"""Names for LoRA beside a base in so many bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +79,20 @@ def trials_of(
 
 
 def tuning(text: str, start: Resolved) -> tuple[str, tuple[str, ...]]:
-    """`lora:rank=4:alpha=8`, `last_layers=2` or `full` as (name, overrides). The recipe's own settings of the same
-    method stay; another method gets its own default learning rate."""
+    """`lora:rank=4:alpha=8`, `4bit:rank=8`, `last_layers=2` or `full` as (name, overrides). The recipe's own settings
+    of the same method stay; another method gets its own default learning rate."""
     head, *pairs = text.split(":")
-    method, equals, number = head.partition("=")
-    if method not in DEFAULTS or (equals and method not in _SHORT):
-        raise RecipeError(f"--tune {text}: there is no method `{head}`; take {', '.join(DEFAULTS)}, as in lora:rank=4")
+    named, equals, number = head.partition("=")
+    method = "lora" if named in _QUANTIZED else named
+    if method not in DEFAULTS or (equals and named not in _SHORT):
+        known = ", ".join([*DEFAULTS, *_QUANTIZED])
+        raise RecipeError(f"--tune {text}: there is no method `{head}`; take {known}, as in lora:rank=4")
     settings: Json = {}
     same = method == start.recipe.tune.method
     if same:
         settings = start.recipe.tune.model_dump(exclude_none=True)
-    settings |= {"method": method} | ({_SHORT[method]: number} if equals else {})
+    settings |= {"method": method} | ({_SHORT[named]: number} if equals else {})
+    settings |= {"quantize": named} if named in _QUANTIZED else {}
     for pair in pairs:
         key, sign, value = pair.partition("=")
         if not sign:

@@ -178,6 +178,7 @@ def trainable_spec(recipe: Recipe, folder: Path) -> TrainableSpec:
     given = {
         "layers": tune.layers, "rank": tune.rank, "alpha": tune.alpha, "dropout": tune.dropout, "targets": tune.targets,
         "init": tune.init, "rank_stabilized": tune.rank_stabilized, "dora": tune.dora, "peft": tune.peft,
+        "quantize": tune.quantize,
     }  # fmt: skip
     adapter = None if tune.adapter is None else str(_beside(folder, tune.adapter))
     return TrainableSpec(

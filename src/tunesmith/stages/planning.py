@@ -26,6 +26,7 @@ OTHERS = (
     ("last_layers=1", TrainableSpec("last_layers", layers=1)),
     ("head", TrainableSpec("head")),
     ("lora rank=16", TrainableSpec("lora", rank=16, alpha=32.0)),
+    ("4bit rank=16", TrainableSpec("lora", rank=16, alpha=32.0, quantize="4bit")),
 )
 
 
@@ -158,10 +159,11 @@ def _total_flops(shape: StepShape, load: Load) -> float:
 
 def _advice(memory: MemoryPlan, recipe: Recipe) -> list[str]:
     """What to change, the largest line first."""
+    quantized = recipe.tune.quantize not in (None, "none")
     lines = {
         "activations": "lower train.micro_batch_tokens (the same result), or set train.checkpoint_activations",
         "optimizer": "train fewer parameters: tune.method lora, or last_layers",
-        "weights": "take a smaller base",
+        "weights": "take a smaller base" if quantized else "hold the base in 4 bits (tune.quantize), or take a smaller",
         "head": "lower train.micro_batch_tokens",
     }
     sizes = memory.as_json()

@@ -76,8 +76,8 @@ class References:
         job = self._job
         self._start = self._start or _hash_of(job.backbone)
         parts = [
-            store.fingerprint, self._start, job.precision, job.device, job.eval_tokens, torch.__version__,
-            torch.get_num_threads(),
+            store.fingerprint, self._start, job.recipe.tune.quantize, job.precision, job.device, job.eval_tokens,
+            torch.__version__, torch.get_num_threads(),
         ]  # fmt: skip
         return sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

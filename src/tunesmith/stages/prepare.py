@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from tunesmith.data.check import Finding, check_records
 from tunesmith.data.encode import Encoder
 from tunesmith.data.mix import Mixed
@@ -19,7 +21,9 @@ from tunesmith.data.records import Labelled, Record, RecordSet, Text, read_recor
 from tunesmith.data.split import Subset, narrowed, split_records
 from tunesmith.data.store import SampleStore, build_store
 from tunesmith.errors import DataError, RecipeError, several
-from tunesmith.model.load import base_record, load_backbone, load_tokenizer
+from tunesmith.model.folder import resolve
+from tunesmith.model.load import base_record, load_backbone, load_tokenizer, stored_dtype
+from tunesmith.model.packing import recompute_activations
 from tunesmith.model.trainable import make_trainable
 from tunesmith.plan.hardware import choose_device, choose_precision
 from tunesmith.recipe import Recipe
@@ -298,6 +302,8 @@ def prepare(
     inputs = make_inputs(recipe, sets, tokenizer, record["context_tokens"], folder=folder, say=say)
     backbone = load_model(recipe, base, inputs.label_names)
     trainable = make_trainable(backbone, trainable_spec(recipe, folder))
+    if (packed := getattr(backbone, "tunesmith_packed", None)) is not None:
+        say(packed.describe())
     if grown := getattr(backbone, "tunesmith_grown", 0):
         embedding = backbone.get_input_embeddings().weight
         learned = "" if embedding.requires_grad else "; they stay so unless tune.train_also names embeddings and head"
@@ -309,7 +315,7 @@ def prepare(
         say(note)
         inputs = replace(inputs, notes=(*inputs.notes, note))
     if recipe.train.checkpoint_activations:
-        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(backbone)
     return Job(recipe, tokenizer, inputs, backbone, trainable, device, precision, base, folder, say=say), record
 
 
@@ -349,3 +355,11 @@ def load_model(recipe: Recipe, base: str, label_names: tuple[str, ...]) -> Any:
         base, STAGES[recipe.stage].KIND, label_names=names or None, problem=problems.get(recipe.stage),
         seed=recipe.seed, trust=recipe.trust_remote_code,
     )  # fmt: skip
+
+
+def _dtype_to_load(recipe: Recipe, base: str) -> torch.dtype:
+    """fp32; what will be quantised stays until then as it is stored, so that it is never held at twice the size."""
+    if recipe.tune.quantize in (None, "none"):
+        return torch.float32
+    stored = stored_dtype(resolve(base, trust=recipe.trust_remote_code))
+    return stored if stored in (torch.bfloat16, torch.float16) else torch.float32

@@ -26,6 +26,7 @@ from tunesmith.errors import Interrupted, TunesmithError
 from tunesmith.model.language import LanguageModel
 from tunesmith.model.lora import LoraLinear, lora_layers, merge
 from tunesmith.model.packing import Layout
+from tunesmith.model.quantize import num_parameters
 from tunesmith.model.score import ScoreModel
 from tunesmith.recipe import Recipe, Resolved
 from tunesmith.rollout.sampler import Sampler
@@ -212,7 +213,7 @@ def _sampled(model: LanguageModel, tokenizer: Any, samples: Sequence[Sample]) ->
 def _precise(job: Job, model: LanguageModel | ScoreModel, samples: Sequence[Sample]) -> Iterator[Check]:
     """What fp32 and the run's own precision make of the mean answer, against float64."""
     batch = collate(samples).to(job.device)
-    size = sum(p.numel() for p in model.parameters())
+    size = num_parameters(model)
     if size > DOUBLE_LIMIT or job.device == "mps":
         yield Check("fp32 is float64", None, 1e-3, "", f"{size:,} parameters are too many, or mps has no float64")
         return
