@@ -57,7 +57,7 @@ class DataSpec(Section):
     group_key: str | None = None
     """Column whose equal values stay on one side of a split, and are counted for `max_per_key`."""
     max_per_key: Positive | None = None
-    """Most training rows with the same `group_key`; the others are left out and counted (2203.02155, 3.2: 200 a user)."""
+    """Most training rows with the same `group_key`; the others are left out and counted (2203.02155: 200 a user)."""
     on_personal: Literal["keep", "drop"] = "keep"
     """Train on rows that hold e-mail addresses, phone, card or account numbers, or leave them out and count them."""
     format: str | None = None

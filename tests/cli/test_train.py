@@ -60,10 +60,19 @@ def test_each_way_of_training_trains_and_is_opened_again(name, run, write, work)
     result = done.json
     assert 0 < result["trainable_parameters"] <= result["total_parameters"]
     assert (result["trainable_parameters"] == result["total_parameters"]) == (name == "full")
+    tensors = result["tensors"]
+    assert tensors["trainable"] == tensors["changed"] > 0 == tensors["frozen_changed"]
     again = run("eval", name, "--data", "labels-eval.jsonl", "--json")
     assert again.code == 0, again.err
     for metric, entry in result["after"].items():
         assert again.json["metrics"][metric]["value"] == pytest.approx(entry["value"], abs=1e-9), metric
+
+
+def test_a_run_that_changes_no_weight_says_so(run, write, work):
+    done = run("train", write("classify"), "train.learning_rate=1e-60", "--run", "idle", "--json")
+    assert done.code == 0 and "no weight differs from the start" in done.err
+    assert done.json["tensors"]["changed"] == 0 < done.json["tensors"]["trainable"]
+    assert "0 of" in (work / "runs/idle/report.html").read_text()
 
 
 def test_lora_plus_gives_b_its_own_rate(run, write, work):

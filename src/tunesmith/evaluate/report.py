@@ -292,6 +292,9 @@ def _trained(run: RunFiles) -> Markup:
     if len(counts) == 2 and run.result["total_parameters"]:
         share = 100 * run.result["trainable_parameters"] / run.result["total_parameters"]
         counts.append(("share", f"{share:.4g} %"))
+    tensors = run.result.get("tensors")
+    if isinstance(tensors, dict) and {"trainable", "changed"} <= set(tensors):
+        counts.append(("tensors that came to differ", f"{tensors['changed']} of {tensors['trainable']} to train"))
     method = run.text("tune.method", otherwise="")
     rows = [("method", method), *counts] if method else counts
     groups = run.trainable.get("groups")

@@ -21,6 +21,7 @@ from tunesmith.evaluate.card import write_card
 from tunesmith.evaluate.compare import compare, overall
 from tunesmith.evaluate.generate import side_by_side
 from tunesmith.evaluate.report import write_report
+from tunesmith.model.hashing import content_sums
 from tunesmith.plan.hardware import environment, peak_memory_bytes
 from tunesmith.recipe import Recipe, Resolved, load_resolved
 from tunesmith.rundir import RunDir
@@ -84,6 +85,7 @@ def _train(
     run: RunDir, job: Job, built: Built, base: Mapping[str, Any], *, again: bool, say: Say, show: Show
 ) -> dict[str, Any]:
     started = time.perf_counter()
+    at_start = content_sums(job.backbone)
     stage, spec = built.stage, fit_spec(job.recipe, built.stage.source.num_steps, job.device)
     if note := warmup_note(spec, stage.source.num_steps):
         say(note)
@@ -109,6 +111,9 @@ def _train(
     before = measuring.before_of(run, after)
     finals.save(run, state)
     result = _result(run, job, base, progress, before, after) | dict(finished)
+    result["tensors"] = _changed(job, at_start, say)
+    for part, beside in baselining.beside(run, job, after).items():
+        (result[part] if part else result).update(beside)
     result["seconds"] = round(time.perf_counter() - started, 3)
     return _publish(run, job, result, before, after, say)
 
@@ -160,6 +165,21 @@ def _result(
     }
     result |= _compared(job, before, after)
     return result
+
+
+def _changed(job: Job, at_start: Mapping[str, int], say: Say) -> dict[str, int]:
+    """How many tensors were to learn, how many of them came to differ from the start, and how many others did."""
+    learned, now = set(job.trainable.names), content_sums(job.backbone)
+    differ = {name for name, content in now.items() if content != at_start.get(name)}
+    if not differ:
+        say("warning: no weight differs from the start: the run taught nothing")
+    return {"trainable": len(learned), "changed": len(differ & learned), "frozen_changed": len(differ - learned)}
+
+
+def _passed(run: RunDir) -> dict[str, Any]:
+    """What the report says of the gates: those that were passed knowingly, with what was found."""
+    page = run.read_json("preflight") if run.file("preflight").is_file() else {}
+    return {"gates": len(page.get("gates", ())), "allowed": page.get("allowed", [])}
 
 
 def _compared(job: Job, before: Moment, after: Moment) -> dict[str, Any]:
