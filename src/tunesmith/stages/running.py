@@ -112,8 +112,6 @@ def _train(
     finals.save(run, state)
     result = _result(run, job, base, progress, before, after) | dict(finished)
     result["tensors"] = _changed(job, at_start, say)
-    for part, beside in baselining.beside(run, job, after).items():
-        (result[part] if part else result).update(beside)
     result["seconds"] = round(time.perf_counter() - started, 3)
     return _publish(run, job, result, before, after, say)
 
@@ -174,12 +172,6 @@ def _changed(job: Job, at_start: Mapping[str, int], say: Say) -> dict[str, int]:
     if not differ:
         say("warning: no weight differs from the start: the run taught nothing")
     return {"trainable": len(learned), "changed": len(differ & learned), "frozen_changed": len(differ - learned)}
-
-
-def _passed(run: RunDir) -> dict[str, Any]:
-    """What the report says of the gates: those that were passed knowingly, with what was found."""
-    page = run.read_json("preflight") if run.file("preflight").is_file() else {}
-    return {"gates": len(page.get("gates", ())), "allowed": page.get("allowed", [])}
 
 
 def _compared(job: Job, before: Moment, after: Moment) -> dict[str, Any]:
