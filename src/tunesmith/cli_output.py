@@ -60,9 +60,21 @@ def result_lines(result: Mapping[str, Any]) -> list[str]:
     keys = ("run", "stage", "method", "trainable_parameters", "total_parameters", "seconds", "tokens_per_second",
             "peak_memory_bytes", "finished", "note", "verdict")  # fmt: skip
     lines += table([[key, number_text(result[key])] for key in keys if result.get(key) is not None] or [["", ""]])
+    lines += baseline_lines(result)
     stages = result.get("stages")
     lines += ["", *tree_lines(stages)] if isinstance(stages, Mapping) else []
     return [*lines, "", *result["tree"]] if result.get("tree") else lines
+
+
+def baseline_lines(result: Mapping[str, Any]) -> list[str]:
+    """The tuned model beside simple systems, on the test rows where there are some."""
+    from tunesmith.evaluate.report_baselines import baselines_text
+
+    part = result.get("test")
+    source = part if isinstance(part, Mapping) and part.get("baselines") else result
+    head, rows = baselines_text(source)
+    said = [str(source["worth"])] if source.get("worth") else []
+    return ["", *table([head, *rows], right=False), *said] if rows else []
 
 
 def quickstart_lines(result: Mapping[str, Any]) -> list[str]:
@@ -78,9 +90,11 @@ def _beside(held_out: Mapping[str, Any]) -> list[str]:
     """Accuracy of the tuned model, of its base and of simple systems, one below the other."""
     entries = {"the base, with a new head": held_out["before"], "tuned": held_out["after"],
                "  the difference, row by row": held_out["difference"]}  # fmt: skip
-    rows = [[name, cell_text(metrics["accuracy"])] for name, metrics in {**entries, **held_out["baselines"]}.items()]
+    entries |= {name: entry["metrics"] for name, entry in held_out["baselines"].items()}
+    rows = [[name, cell_text(metrics["accuracy"])] for name, metrics in entries.items()]
     count = held_out["after"]["accuracy"]["n"]
-    return table([[f"accuracy on {count:,} rows used for nothing else", "with 95 % interval"], *rows], right=False)
+    head = [f"accuracy on {count:,} rows used for nothing else", "with 95 % interval"]
+    return [*table([head, *rows], right=False), "", str(held_out.get("worth", ""))]
 
 
 def _example_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -57,6 +57,9 @@ _STAGE_KEYS = {
     "train.batch_tokens": {"pretrain", "mlm", "sft", "classify", "reward", "dpo"},
     "evaluate.generate": {"sft", "dpo"},
     "evaluate.sentences": {"classify"},
+    "evaluate.baselines": {"classify", "sft"},
+    "evaluate.baseline_rows": {"classify"},
+    "evaluate.prompting": {"classify", "sft"},
     "reward_model": {"reward"},
     "dpo": {"dpo"},
     "reward": _ONLINE | SCORED,
@@ -80,6 +83,15 @@ _SELECT_BY = {"classify": "accuracy", "reward": "accuracy", "dpo": "accuracy", "
 _EPOCHS = {"pretrain": 1.0, "reward": 1.0, "dpo": 1.0, "ppo": 1.0, "grpo": 1.0}
 """A reward model overfits from the second epoch on (InstructGPT, 2203.02155, appendix C.2), preferences likewise."""
 _EXAMPLES = 16
+
+
+BASELINES = {
+    "classify": ("majority", "tfidf", "linear_probe", "nearest_neighbour", "zero_shot", "few_shot"),
+    "sft": ("nearest_neighbour", "zero_shot", "few_shot"),
+}
+"""The baselines that a stage has."""
+CHEAP_BASELINES = {"classify": BASELINES["classify"][:4], "sft": ("nearest_neighbour",)}
+"""Those that are measured when the recipe names none."""
 
 
 def does_nothing(key: str, stage: str) -> bool:
@@ -197,8 +209,31 @@ def _contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         problems.append(
             ("train.select_by", "choosing a checkpoint needs held-out rows: add `data.eval` or `data.split`")
         )
+    problems += _baseline_problems(values)
     if train["warmup"] > 1 and train["warmup"] != int(train["warmup"]):
         problems.append(("train.warmup", "`train.warmup` is a share below 1 or a whole number of steps"))
+    return problems
+
+
+def _baseline_problems(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    evaluate, stage = values["evaluate"], values["stage"]
+    asked = evaluate["baselines"]
+    problems = []
+    for name in asked if isinstance(asked, list) and stage in BASELINES else ():
+        if name not in BASELINES[stage]:
+            problems.append(("evaluate.baselines", f"stage {stage} has no baseline `{name}`; it has "
+                             f"{', '.join(BASELINES[stage])}"))  # fmt: skip
+    if asked and values["data"]["multi_label"]:
+        problems.append(("evaluate.baselines", "baselines are for rows with one label; `data.multi_label` has several"))
+    if isinstance(asked, list) and stage == "sft" and "nearest_neighbour" in asked and evaluate["generate"] is None:
+        problems.append(("evaluate.baselines", "nearest_neighbour answers in text: add `evaluate.generate`, by which "
+                         "texts are judged"))  # fmt: skip
+    if asked and not _has_eval(values["data"]) and values["data"]["test"] is None:
+        problems.append(("evaluate.baselines", "baselines need held-out rows: add `data.eval` or `data.split`"))
+    template = evaluate["prompting"]["template"]
+    if "{text}" not in template or not template.endswith("{label}"):
+        problems.append(("evaluate.prompting.template", "it holds `{text}` and ends with `{label}`, which the base is "
+                         "asked for"))  # fmt: skip
     return problems
 
 

@@ -181,6 +181,20 @@ class GenerateSpec(Section):
     """Held-out prompts that are completed, spread evenly."""
 
 
+class PromptingSpec(Section):
+    """How the untuned base is asked, for the baselines `zero_shot` and `few_shot`."""
+
+    shots: Positive = 4
+    """Training rows that stand in the prompt of `few_shot`, drawn by the seed from the shorter half of the rows."""
+    template: str = "{text}\nLabel: {label}"
+    """Of classify: what is put to the base. `{label}` stands last, and is what the base is asked for."""
+    label_words: dict[str | int, str] | None = None
+    """Of classify: the words for labels that say nothing by themselves, as in `{"0": negative, "1": positive}`."""
+
+
+Baseline = Literal["majority", "tfidf", "linear_probe", "nearest_neighbour", "zero_shot", "few_shot"]
+
+
 class EvaluateSpec(Section):
     """What is measured before and after, beside the loss."""
 
@@ -192,6 +206,16 @@ class EvaluateSpec(Section):
     """Text outside the task on which forgetting is measured; a built-in one when not set."""
     sentences: list[str] = Field(default_factory=list)
     """Texts of yours that are classified before and after."""
+    baselines: bool | list[Baseline] | None = None
+    """Simple systems beside the tuned model: names, true for all that are possible, false for none. Not set: those that
+    cost at most one forward over the rows (classify: majority, tfidf, linear_probe, nearest_neighbour; sft with
+    `generate`: nearest_neighbour)."""
+    baseline_rows: Positive = 1000
+    """Most training rows whose features linear_probe and nearest_neighbour are given."""
+    prompting: PromptingSpec = Field(default_factory=PromptingSpec)
+    """How zero_shot and few_shot ask the base."""
+    test: bool = True
+    """Measure the test rows; false keeps them out of training all the same."""
 
 
 class LengthSpec(Section):

@@ -29,6 +29,8 @@ LAYOUT = {
     "evaluations": "evaluations.jsonl",
     "timings": "timings.jsonl",
     "before": "before.json",
+    "baselines": "baselines.json",
+    "after": "after.json",
     "samples": "samples.jsonl",
     "rollouts": "rollouts.jsonl",
     "result": "result.json",

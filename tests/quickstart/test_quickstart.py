@@ -27,7 +27,7 @@ def test_a_newcomer_sees_before_after_and_baselines_and_can_go_on(
     result = json.loads(capsys.readouterr().out)
     assert result["run"] == "quickstart-classify"
     assert result["test"]["before"]["accuracy"]["n"] == 170
-    assert 0.6 < result["test"]["baselines"]["TF-IDF + logistic regression"]["accuracy"]["value"] < 0.85
+    assert 0.6 < result["test"]["baselines"]["TF-IDF + logistic regression"]["metrics"]["accuracy"]["value"] < 0.85
     assert {row["label"] for row in result["examples"]} == {"positive", "negative"}
     assert "TF-IDF" in (desk / "runs/quickstart-classify/report.html").read_text(encoding="utf-8")
     for command, _ in result["next"]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.evaluate.compare import NO_CHANGE, number
-from tunesmith.evaluate.report import amount_of, summary
+from tunesmith.evaluate.report import amount_of, knowingly, summary
+from tunesmith.evaluate.report_baselines import baselines_text
 from tunesmith.evaluate.report_html import amount, clean, duration, is_number, size
 from tunesmith.evaluate.run_files import RunFiles, data_facts, dig, estimates, evaluations_of, flat, read_run
 from tunesmith.rundir import LAYOUT, write_whole
@@ -75,6 +76,7 @@ def _use(run: RunFiles) -> str:
     limits += [f"It is measurably worse than its base in: {', '.join(worse)}."] if worse else []
     limits += [f"No measurable change against its base in: {', '.join(flat_)}."] if flat_ else []
     limits += [f"Text outside the task: {d.text}." for d in list(probe.values())[:1]]
+    limits += knowingly(run)
     limits += [] if probe else ["What it forgot of its base's abilities was not measured."]
     listed = "\n".join(f"- {_text(limit)}" for limit in limits)
     return f"## Intended use and limits\n\nIntended for {task}.\n\n{listed}"
@@ -88,10 +90,18 @@ def _results(run: RunFiles) -> str:
         if isinstance(source, Mapping) and (rows := _metric_rows(source)):
             head = ("metric", "before", "after", "95 % interval after", "n")
             parts.append(f"{title.capitalize()} rows:\n\n{_table(head, rows)}")
+            parts += _beside(source, run.main_metric())
     sentences = [f"- {_text(line)}" for line in summary(run)]
     if sentences:
         parts.append("\n".join(sentences))
     return "\n\n".join(parts) or "No evaluation was recorded for this run."
+
+
+def _beside(source: Mapping[str, Any], preferred: str | None) -> list[str]:
+    """Simple systems on the same rows, and whether tuning was worth it."""
+    head, rows = baselines_text(source, preferred)
+    said = source.get("worth")
+    return [_table(head, rows), *([_text(str(said))] if said else [])] if rows else []
 
 
 def _metric_rows(source: Mapping[str, Any]) -> list[Sequence[str]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from tunesmith.evaluate import plots
 from tunesmith.evaluate.compare import NO_CHANGE, describe, number
+from tunesmith.evaluate.report_baselines import baselines_section
 from tunesmith.evaluate.report_html import (
     Markup,
     amount,
@@ -101,6 +102,7 @@ def _verdict(run: RunFiles) -> Markup:
     lines += [f"Got worse: {', '.join(worse)}."] if worse else []
     lines += [f"Also better: {', '.join(better)}."] if better else []
     forgot = [d for d in run.differences("probe").values() if d.verdict == "worse"]
+    lines += [str(run.result["worth"])] if run.result.get("worth") else []
     lines += [f"Forgetting: on text outside the task {forgot[0].text.split(': ', 1)[1]}."] if forgot else []
     return _banner(css, head, *lines)
 
@@ -140,7 +142,8 @@ def _before_after(run: RunFiles, part: str, title: str) -> Markup:
     note = "In small print: 95 % intervals over rows. Better or worse needs a difference whose interval leaves out 0."
     drawn = plots.change(before, after, names)
     shown = figure(drawn, "Before and after, with 95 % intervals") if drawn else ""
-    return section(title, table(head, rows, numeric=(5,)), tag("p", note, "soft small"), shown, _baselines(source))
+    rivals = baselines_section(source, run.main_metric())
+    return section(title, table(head, rows, numeric=(5,)), tag("p", note, "soft small"), shown, rivals)
 
 
 def _cell(entry: Mapping[str, Any] | None, *, sign: bool = False) -> Markup:
@@ -150,19 +153,6 @@ def _cell(entry: Mapping[str, Any] | None, *, sign: bool = False) -> Markup:
     text = number(as_number(value), sign=True) if sign and is_number(value) else amount(value)
     small = tag("span", interval(entry.get("low"), entry.get("high"), sign=sign), "soft small")
     return Markup(f"{esc(text)} <br>{small}")
-
-
-def _baselines(source: Mapping[str, Any]) -> Markup:
-    """Simple systems beside the tuned one, when the run measured some."""
-    found = source.get("baselines")
-    if not isinstance(found, Mapping):
-        return Markup("")
-    rows = [
-        (name, metric.replace("_", " "), _cell(entry))
-        for name, metrics in found.items()
-        for metric, entry in estimates(metrics).items()
-    ]
-    return join([tag("h3", "Baselines"), table(("system", "metric", "value"), rows)]) if rows else Markup("")
 
 
 def _by_source(run: RunFiles) -> Markup:
@@ -226,10 +216,17 @@ def _short(value: Any) -> str:
 def _checks(run: RunFiles) -> Markup:
     """What goes wrong most often in tuning, each looked at."""
     lines = [*_overfitting(run), *_gap(run), *_forgetting(run), *_per_class(run)]
+    lines += knowingly(run)
     findings = run.result.get("findings")
     lines += [str(f) for f in findings[:MAX_PROBLEMS]] if isinstance(findings, list) else []
     listed = Markup("<ul>" + "".join(tag("li", line) for line in lines) + "</ul>") if lines else ""
     return section("Checks", listed)
+
+
+def knowingly(run: RunFiles) -> list[str]:
+    """What was found before the first step and trained on all the same, because the recipe says so."""
+    found = dig(run.result, "preflight.allowed")
+    return [f"Passed knowingly before the run: {text}." for text in found] if isinstance(found, list) else []
 
 
 def _overfitting(run: RunFiles) -> list[str]:

@@ -144,6 +144,11 @@ def _refuse_unfit(base: str | Path, config: Any, kind: Kind) -> None:
         raise ModelError(f"{base}: transformers has no {what.removeprefix('a ')} of type {model_type}")
 
 
+def is_encoder(base: str | Path, *, trust: str | None = None) -> bool:
+    """True for a base that fills in masked words instead of continuing a text. Raises what `load_config` raises."""
+    return _is_encoder(load_config(base, trust=trust))
+
+
 def _is_encoder(config: Any) -> bool:
     if getattr(config, "is_encoder_decoder", False):
         return False

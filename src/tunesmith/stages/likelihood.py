@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tunesmith.data.store import SampleStore
 from tunesmith.evaluate.generate import GenerationResult, evaluate_generation, questions_of
 from tunesmith.evaluate.intervals import Statistic, bootstrap
 from tunesmith.evaluate.likelihood import Samples, bytes_of_tokens, evaluate_likelihood
@@ -16,7 +15,7 @@ from tunesmith.stages.job import Collate, Job, Measured
 
 
 def measure_likelihood(
-    job: Job, model: LanguageModel, store: SampleStore, collate: Collate, *, with_bytes: bool = True
+    job: Job, model: LanguageModel, store: Samples, collate: Collate, *, with_bytes: bool = True
 ) -> Measured:
     """Loss (nats per target token), perplexity and bits per byte with intervals over rows."""
     sizes = bytes_of_tokens(job.tokenizer, job.backbone.config.get_text_config().vocab_size) if with_bytes else None

@@ -54,18 +54,24 @@ def measure(built: Built, job: Job, say: Callable[[str], None], when: str) -> Mo
 
 def measure_before(run: RunDir, built: Built, job: Job, say: Callable[[str], None]) -> None:
     """Measure the untouched base and keep it in before.json, unless this run has done so already."""
-    key = _key(job)
+    key = measurement_key(job)
     if run.file("before").is_file() and _kept(run).get("key") == key:
         return
     moment = measure(built, job, say, "before")
-    parts = {name: _as_json(getattr(moment, name)) for name in ("held_out", "test", "probe")}
+    parts = {name: as_json(getattr(moment, name)) for name in ("held_out", "test", "probe")}
     run.write_text("before", json.dumps({"key": key, **parts, "sentences": moment.sentences}) + "\n")
+
+
+def keep_after(run: RunDir, after: Moment) -> None:
+    """Keep the measurement of the tuned model, row by row, in after.json, for whoever compares runs."""
+    parts = {name: as_json(getattr(after, name)) for name in ("held_out", "test", "probe")}
+    run.write_text("after", json.dumps(parts) + "\n")
 
 
 def before_of(run: RunDir, after: Moment) -> Moment:
     """The measurement that `measure_before` kept; `after` knows how its rows add up to each metric."""
     kept = _kept(run)
-    parts = {name: _from_json(kept[name], getattr(after, name)) for name in ("held_out", "test", "probe")}
+    parts = {name: from_json(kept[name], getattr(after, name)) for name in ("held_out", "test", "probe")}
     return Moment(**parts, sentences=kept["sentences"])
 
 
@@ -76,7 +82,7 @@ def _kept(run: RunDir) -> Json:
     return kept
 
 
-def _key(job: Job) -> str:
+def measurement_key(job: Job) -> str:
     """What a measurement of the base depends on beside the base itself, which a resumed run is held to anyway."""
     stores = (job.inputs.eval, job.inputs.test, job.inputs.probe)
     parts = [
@@ -86,7 +92,8 @@ def _key(job: Job) -> str:
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _as_json(measured: Measured | None) -> Json | None:
+def as_json(measured: Measured | None) -> Json | None:
+    """A measurement, rows and all, as a file keeps it."""
     if measured is None:
         return None
     generation = measured.generation
@@ -103,7 +110,8 @@ def _as_json(measured: Measured | None) -> Json | None:
     }  # fmt: skip
 
 
-def _from_json(kept: Json | None, after: Measured | None) -> Measured | None:
+def from_json(kept: Json | None, after: Measured | None) -> Measured | None:
+    """The measurement that a file keeps; `after`, of the same rows, knows how these add up to each metric."""
     if kept is None or after is None:
         return None
     statistics = {

@@ -150,7 +150,7 @@ def make_inputs(
     return Inputs(
         train,
         held_out,
-        test,
+        test if recipe.evaluate.test else None,
         probe(recipe, folder, tokenizer, context_tokens),
         labels,
         notes,

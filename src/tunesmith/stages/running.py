@@ -25,7 +25,7 @@ from tunesmith.model.hashing import content_sums
 from tunesmith.plan.hardware import environment, peak_memory_bytes
 from tunesmith.recipe import Recipe, Resolved, load_resolved
 from tunesmith.rundir import RunDir
-from tunesmith.stages import finals, measuring
+from tunesmith.stages import baselining, finals, measuring
 from tunesmith.stages.job import Built, Job, fit_spec, identity, warmup_note
 from tunesmith.stages.measuring import Moment
 from tunesmith.stages.prepare import STAGES, prepare
@@ -42,6 +42,7 @@ def start(run: RunDir, resolved: Resolved, *, say: Say, show: Show) -> dict[str,
     job, base = prepare(resolved.recipe, resolved.folder, say=say)
     job = replace(job, run=run)
     built = _build(job, say)
+    baselining.wanted(job)
     run.write_json("origins", dict(resolved.origins))
     run.write_json("inputs", _inputs(job, base, resolved.folder))
     if job.inputs.bad_rows:
@@ -97,6 +98,7 @@ def _train(
         identity=identity(job, str(base["hash"])),
     )
     measuring.measure_before(run, built, job, say)
+    baselining.measure_baselines(run, built, job, say)
     files = _files(run)
     resumed = again and resume(state, files, say=say)
     if resumed:
@@ -110,8 +112,11 @@ def _train(
     after = measuring.measure(built, job, say, "after")
     before = measuring.before_of(run, after)
     finals.save(run, state)
+    measuring.keep_after(run, after)
     result = _result(run, job, base, progress, before, after) | dict(finished)
     result["tensors"] = _changed(job, at_start, say)
+    for part, beside in baselining.beside(run, job, after).items():
+        (result[part] if part else result).update(beside)
     result["seconds"] = round(time.perf_counter() - started, 3)
     return _publish(run, job, result, before, after, say)
 

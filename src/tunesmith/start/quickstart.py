@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data.records import Labelled, Record
-from tunesmith.evaluate.baselines import BAG_OF_WORDS, classifier_baselines
 from tunesmith.recipe import Resolved, load_recipe
 from tunesmith.recipe_chain import is_chain_recipe
 from tunesmith.rundir import RunDir, read_rows
@@ -35,43 +34,13 @@ def free_name(stage: str, root: Path = Path("runs")) -> str:
 
 
 def finish(run: RunDir, recipe: Path, result: Mapping[str, Any], overrides: tuple[str, ...]) -> Json:
-    """The result with the simple baselines beside it (in the run's report too), examples, and what to do next."""
+    """The result with examples and what to do next."""
     told = dict(result)
     if not is_chain_recipe(recipe):
         resolved = load_recipe(recipe, overrides)
-        if resolved.recipe.stage == "classify":
-            told |= _with_baselines(run, resolved, told)
         told["examples"] = _examples(run, resolved)
     told["report"] = str(run.file("report"))
     return told | {"recipe": str(recipe), "next": next_commands(str(result.get("stage", "chain")), recipe, run)}
-
-
-def _with_baselines(run: RunDir, resolved: Resolved, result: Json) -> Json:
-    """Fitted on the training rows, measured on the rows that the run measured; written into its result and report."""
-    from tunesmith.stages.prepare import read_sets
-    from tunesmith.stages.running import write_pages
-
-    sets = read_sets(resolved.recipe, resolved.folder)
-    train, held_out, test = (None if part is None else _labelled(part) for part in (sets.train, sets.eval, sets.test))
-    if not train or resolved.recipe.data.multi_label:
-        return {}
-    found: Json = {}
-    if held_out:
-        found["baselines"] = _as_json(train, held_out)
-    if test and isinstance(result.get("test"), Mapping):
-        found["test"] = {**result["test"], "baselines": _as_json(train, test)}
-    run.write_json("result", result | found)
-    write_pages(run)
-    return found
-
-
-def _labelled(records: Any) -> list[tuple[str, str]]:
-    return [(r.text, r.label) for r in records if isinstance(r, Labelled) and isinstance(r.label, str)]
-
-
-def _as_json(train: list[tuple[str, str]], held_out: list[tuple[str, str]]) -> Json:
-    found = classifier_baselines(train, held_out)
-    return {name: {metric: e.as_json() for metric, e in metrics.items()} for name, metrics in found.items()}
 
 
 def _examples(run: RunDir, resolved: Resolved) -> list[Json]:
@@ -111,4 +80,4 @@ _PROMPT = {
     "dpo": "What does an actor do?",
     "pretrain": "The soup was",
 }
-__all__ = ["BAG_OF_WORDS", "finish", "free_name", "lay_out", "next_commands"]
+__all__ = ["finish", "free_name", "lay_out", "next_commands"]
