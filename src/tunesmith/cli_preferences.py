@@ -22,7 +22,12 @@ Say = Callable[[str], None]
 
 def register(app: typer.Typer, give: Give, say: Say) -> None:
     """Add the commands to `app`."""
+    _add_sample(app, give, say)
+    _add_rank(app, give, say)
+    _add_winrate(app, give, say)
 
+
+def _add_sample(app: typer.Typer, give: Give, say: Say) -> None:
     @app.command()
     def sample(
         target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, a model folder or a hub id.")],
@@ -46,6 +51,8 @@ def register(app: typer.Typer, give: Give, say: Say) -> None:
         )  # fmt: skip
         give(result, as_json, _sample_lines)
 
+
+def _add_rank(app: typer.Typer, give: Give, say: Say) -> None:
     @app.command()
     def rank(
         file: Annotated[str, typer.Argument(help="Completions that `sample` wrote.")],
@@ -63,6 +70,8 @@ def register(app: typer.Typer, give: Give, say: Say) -> None:
         result = api.rank(file, ask=_ask, show=say, to=to, pairs=pairs, seed=seed)
         give(result, as_json, tree_lines)
 
+
+def _add_winrate(app: typer.Typer, give: Give, say: Say) -> None:
     @app.command()
     def winrate(
         a: Annotated[str, typer.Argument(help="A run, a model, or a file of completions.")],

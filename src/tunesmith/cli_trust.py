@@ -17,7 +17,12 @@ Say = Callable[[str], None]
 
 def register(app: typer.Typer, give: Give, say: Say) -> None:
     """Add the commands to `app`."""
+    _add_plan(app, give, say)
+    _add_compare(app, give, say)
+    _add_selftest(app, give, say)
 
+
+def _add_plan(app: typer.Typer, give: Give, say: Say) -> None:
     @app.command()
     def plan(
         recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
@@ -32,6 +37,8 @@ def register(app: typer.Typer, give: Give, say: Say) -> None:
 
         give(api.plan(recipe, overrides or (), on=on, price=price, say=say), as_json, _plan_lines)
 
+
+def _add_compare(app: typer.Typer, give: Give, say: Say) -> None:
     @app.command()
     def compare(
         recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file, with held-out rows.")],
@@ -54,6 +61,8 @@ def register(app: typer.Typer, give: Give, say: Say) -> None:
         )  # fmt: skip
         give(found, as_json, _compare_lines)
 
+
+def _add_selftest(app: typer.Typer, give: Give, say: Say) -> None:
     @app.command()
     def selftest(
         recipe: Annotated[str | None, typer.Argument(help="A recipe; without one, the embedded model.")] = None,
