@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tests.chains import chain, make_files, stage
+from tests.chains import chain, make_files
 
 from tunesmith import api
 from tunesmith.errors import Interrupted, RecipeError, RunError
@@ -17,12 +17,13 @@ from tunesmith.evaluate.chain_report import render
 from tunesmith.evaluate.lineage import broken_links, tree
 from tunesmith.export.verify import logits_of
 from tunesmith.model.load import load_backbone
-from tunesmith.recipe_chain import load_chain, load_saved
 from tunesmith.rundir import RunDir
 from tunesmith.stages.finals import open_tuned
 from tunesmith.stages.from_run import content, model_folder
 
 EVIL = "<script>alert(1)</script>"
+
+
 PROBES = [[1, 20, 40, 60, 80], [5, 9, 100]]
 
 
@@ -236,117 +237,6 @@ def test_a_chain_in_a_file_is_named_after_it(work):
     assert names["review"]["stage"] == "chain"
 
 
-def full(*stages, **shared):
-    return load_chain(chain(*stages, **shared))
-
-
-def test_settings_are_shared_and_the_stages_own_win():
-    found = full(
-        stage("sft", "pairs", train={"steps": 9}),
-        stage("reward", "preferences", tune={"method": "full"}),
-        stage("ppo", "prompts", name="policy", ppo={"clip": 0.3}),
-        train={"epochs": 2, "learning_rate": 1e-3},
-        ppo={"kl_coef": 0.5},
-    )
-    sft, reward, ppo = (s.resolved.recipe for s in found.stages)
-    assert [s.name for s in found.stages] == ["1-sft", "2-reward", "3-policy"]
-    assert (sft.train.steps, sft.train.epochs, reward.train.epochs) == (9, None, 2.0)
-    assert (sft.tune.rank, reward.tune.rank) == (2, None) and reward.tune.method == "full"
-    assert ppo.ppo is not None and (ppo.ppo.clip, ppo.ppo.kl_coef) == (0.3, 0.5)
-    assert [s.parent for s in found.stages] == [None, 0, 0] and found.stages[2].rewards == (1,)
-
-
-def test_the_prompt_template_is_handed_on():
-    template = "Q: {prompt} A: {completion}"
-    sft = stage("sft", "pairs")
-    sft["data"]["template"] = template
-    plain = stage("dpo", "preferences", **{"from": "base"})
-    found = full(sft, stage("dpo", "preferences"), plain)
-    assert [s.resolved.recipe.data.template for s in found.stages] == [template, template, None]
-    assert found.stages[1].resolved.origins["data.template"] == "from 1-sft"
-
-
-def test_skipping_sft_is_allowed_and_recorded():
-    found = full(stage("reward", "preferences"), stage("ppo", "prompts"))
-    assert [s.parent for s in found.stages] == [None, None] and found.stages[1].rewards == (0,)
-    assert all("no sft stage" in s.notes[0] for s in found.stages)
-    assert full().stages[0].notes == ()
-
-
-def test_a_saved_chain_is_the_same_chain(tmp_path):
-    found = full(stage("sft", "pairs"), stage("reward", "preferences"), stage("ppo", "prompts", name="p"))
-    (tmp_path / "saved.yaml").write_text(found.to_yaml())
-    for again in (load_saved(tmp_path / "saved.yaml", found.folder), load_chain(tmp_path / "saved.yaml")):
-        assert [s.resolved.recipe for s in again.stages] == [s.resolved.recipe for s in found.stages]
-        assert [(s.name, s.parent, s.rewards) for s in again.stages] == [
-            (s.name, s.parent, s.rewards) for s in found.stages
-        ]
-
-
-def test_overrides_reach_one_stage_or_all():
-    overrides = ["stages.2.train.steps=7", "stages.first.tune.rank=4", "train.learning_rate=1e-2"]
-    found = load_chain(chain(stage("sft", "pairs", name="first"), stage("sft", "pairs")), overrides)
-    one, two = (s.resolved.recipe for s in found.stages)
-    assert (one.train.steps, two.train.steps, one.tune.rank, two.tune.rank) == (3, 7, 4, 2)
-    assert one.train.learning_rate == two.train.learning_rate == 1e-2
-
-
-BAD = """\
-base: tiny
-train: {stps: 3}
-grpo: {group: 4}
-stages:
-  - stage: classify
-    data: {train: labels.jsonl}
-  - stage: sft
-    data: {trian: pairs.jsonl}
-    tune: {method: full, rank: 4}
-  - stage: ppo
-    data: {train: prompts.jsonl}
-    from: 9-nothing
-"""
-
-
-def test_all_problems_of_all_stages_are_told_at_once_with_their_lines(tmp_path):
-    (tmp_path / "bad.yaml").write_text(BAD)
-    with pytest.raises(RecipeError) as error:
-        load_chain(tmp_path / "bad.yaml", ["stages.5.train.steps=1"])
-    text = str(error.value)
-    for said in (
-        "bad.yaml:2: there is no key `train.stps`; did you mean `steps`?",
-        "bad.yaml:3: `grpo.group` does nothing in any stage",
-        "bad.yaml:7: stage 2-sft cannot start from 1-classify",
-        "bad.yaml:8: there is no key `data.trian`; did you mean `train`?",
-        "bad.yaml:12: `from: 9-nothing` is not one earlier stage",
-        "stage 3-ppo has no reward",
-        "`stages.5.train.steps=1`: there is no such stage",
-    ):
-        assert said in text
-    assert text.count("train.stps") == 3, "once for each stage it is shared by"
-
-
-@pytest.mark.parametrize(
-    "stages, said",
-    [
-        ([], "is a list"),
-        ([{"data": {}}], "does not name its `stage`"),
-        ([stage("stf", "pairs")], "did you mean `sft`"),
-        ([stage("pretrain", "texts"), stage("mlm", "texts")], "cannot start from 1-pretrain"),
-        ([stage("mlm", "texts"), stage("sft", "pairs")], "cannot start from 1-mlm"),
-        ([stage("sft", "pairs"), stage("ppo", "prompts")], "put a reward stage before it"),
-        ([stage("ppo", "prompts", reward={"run": "reward"}), stage("reward", "preferences")], "before 1-ppo"),
-        ([stage("sft", "pairs", run="x")], "names the whole chain"),
-        ([stage("sft", "pairs", name="a/b")], "is no name"),
-        ([stage("sft", "pairs"), stage("dpo", "preferences", base="tiny", **{"from": "sft"})], "both say where"),
-        ([stage("sft", "pairs", tune={"method": "full", "rank": 4})], "`tune.rank` does nothing"),
-    ],
-)
-def test_chains_that_cannot_work(stages, said):
-    recipe = {**chain(), "stages": stages}
-    with pytest.raises(RecipeError, match=said.replace("`", ".")):
-        load_chain(recipe)
-
-
 def test_missing_data_of_the_last_stage_stops_before_the_first(work):
     folder, recipe = work
     recipe["stages"][1]["data"]["train"] = "nowhere.jsonl"
@@ -361,61 +251,3 @@ def test_weights_of_an_adapter_run_are_stored_whole(made):
     folder, _ = made
     merged = load_file(model_folder(folder / "runs/chain/2-sft") / "model.safetensors")
     assert all("lora" not in name for name in merged) and all(t.dtype == torch.float32 for t in merged.values())
-
-
-@pytest.fixture(scope="module")
-def aligned(tmp_path_factory):
-    """(folder, result) of InstructGPT's three steps on the tiny base."""
-    folder = tmp_path_factory.mktemp("aligned")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(make_files(folder))
-        patch.setenv("TUNESMITH_CACHE", str(folder / "cache"))
-        policy = stage("ppo", "prompts", sampling={"max_tokens": 4}, ppo={"rollouts": 8, "minibatches": 1})
-        yield folder, api.train(chain(stage("sft", "pairs"), stage("reward", "preferences"), policy))
-
-
-def test_a_policy_starts_from_sft_and_is_paid_by_the_reward_model(aligned):
-    folder, result = aligned
-    sft, reward, ppo = lineage(folder)["stages"]
-    assert ppo["starts_from"]["stage"] == reward["starts_from"]["stage"] == "1-sft"
-    assert ppo["rewards"] == [{"stage": "2-reward", "content": reward["gives"]}] and reward["rewards"] == []
-    assert ppo["probe"]["before"] == pytest.approx(sft["probe"]["after"], abs=1e-5)
-    assert reward["probe"] is None and set(ppo["earlier_tasks"]) == {"1-sft"}
-    assert "paid by 2-reward" in result["tree"][-1] and lineage(folder)["problems"] == []
-    assert ppo["own_task"]["metric"] == "reward"
-
-
-def test_a_judge_that_was_the_reward_is_named_as_such(aligned):
-    found = {}
-    for other in ("reward:chain/2-reward", "judge.py:longer"):
-        (aligned[0] / "judge.py").write_text(
-            "def longer(prompts, completions):\n    return list(map(len, completions))\n"
-        )
-        to = aligned[0] / f"{len(found)}.jsonl"
-        found[other] = api.winrate("chain", "chain/1-sft", "prompts.jsonl", other, max_tokens=4, limit=6, to=to)
-    first, second = found.values()
-    assert len(first["notes"]) == 1 and "reward that chain was trained on" in first["notes"][0]
-    assert second["notes"] == []
-
-
-@pytest.mark.usefixtures("aligned")
-def test_a_changed_reward_model_reruns_the_policy():
-    policy = stage("ppo", "prompts", sampling={"max_tokens": 4}, ppo={"rollouts": 8, "minibatches": 1})
-    recipe = chain(stage("sft", "pairs"), stage("reward", "preferences"), policy)
-    assert api.train(recipe)["cached"] == ["1-sft", "2-reward", "3-ppo"]
-    assert api.train(recipe, ["stages.reward.train.steps=2"])["cached"] == ["1-sft"]
-    assert api.train(recipe, ["stages.ppo.ppo.clip=0.1"])["cached"] == ["1-sft", "2-reward"]
-
-
-def test_a_supervised_stage_may_be_judged_by_a_reward_stage():
-    judged = stage("sft", "pairs", reward={"run": "reward"}, train={"select_by": "reward"})
-    found = full(stage("reward", "preferences"), judged, stage("sft", "pairs"))
-    assert [s.rewards for s in found.stages] == [(), (0,), ()] and [s.parent for s in found.stages] == [None, None, 1]
-    assert found.stages[1].resolved.recipe.reward.run == "1-reward"
-
-
-@pytest.mark.parametrize("text", ["", "stages: 3\n", "base: tiny\nstages:\n- {stage: sft}\n", "base: [\n", "- a\n"])
-def test_a_damaged_saved_chain_is_told_as_such(tmp_path, text):
-    (tmp_path / "recipe.yaml").write_text(text)
-    with pytest.raises(RunError, match="is damaged"):
-        load_saved(tmp_path / "recipe.yaml", tmp_path)
