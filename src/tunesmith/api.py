@@ -249,8 +249,22 @@ def open_chat(run: str | Path) -> Callable[..., str]:
     return using.chat(model_run(open_run(run)))
 
 
-def check(recipe_or_data: RecipeLike, overrides: Sequence[str] = (), *, say: Say = _silent) -> dict[str, Any]:
-    """Everything a run would notice before its first step; for a data file, what it is recognised as."""
+def check(
+    recipe_or_data: RecipeLike, overrides: Sequence[str] = (), *, html: str | Path | None = None, say: Say = _silent
+) -> dict[str, Any]:
+    """Everything a run would notice before its first step; for a data file, what it is recognised as.
+
+    `html` is a file to which the page of a recipe is written too. Gates that are not passed are a `DataError`.
+    """
+    from tunesmith.stages import checking
+
+    found = _checked(recipe_or_data, overrides, say=say)
+    if html is not None:
+        checking.write_page(found, Path(html))
+    return found
+
+
+def _checked(recipe_or_data: RecipeLike, overrides: Sequence[str], *, say: Say) -> dict[str, Any]:
     from tunesmith.stages import checking
 
     if isinstance(recipe_or_data, (str, Path)) and Path(recipe_or_data).suffix not in (".yaml", ".yml"):

@@ -15,8 +15,10 @@ import typer
 from tunesmith import cli_preferences, cli_trust
 from tunesmith.cli_output import (
     Progress,
+    check_lines,
     diff_lines,
     metric_lines,
+    painted,
     quickstart_lines,
     result_lines,
     rows_lines,
@@ -174,12 +176,13 @@ def check(
     target: Annotated[str, typer.Argument(metavar="RECIPE_OR_DATA", help="A recipe, or a data file.")],
     overrides: Overrides = None,
     *,
+    html: Annotated[str | None, typer.Option("--html", metavar="FILE", help="Also write it as a page.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a run would notice before its first step, or what a data file is recognised as."""
+    """What a run would train on and notice before its first step, or what a data file is recognised as."""
     from tunesmith import api
 
-    _give(api.check(target, overrides or (), say=_say), as_json, tree_lines)
+    _give(api.check(target, overrides or (), html=html, say=_say), as_json, check_lines)
 
 
 @app.command()
@@ -303,7 +306,7 @@ def _one_line(text: str) -> str:
 
 
 def _say(text: str) -> None:
-    print(visible(text), file=sys.stderr, flush=True)
+    print(painted(text, sys.stderr), file=sys.stderr, flush=True)
 
 
 def _give(value: Any, as_json: bool, lines: Callable[[Any], Iterable[str]]) -> None:
@@ -312,7 +315,7 @@ def _give(value: Any, as_json: bool, lines: Callable[[Any], Iterable[str]]) -> N
         print(_unprinted(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=str)))
         return
     for line in lines(value):
-        print(visible(line))
+        print(painted(line, sys.stdout))
 
 
 def _unprinted(text: str) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
+
+from tunesmith.plan.page import Painted, page_lines
 
 if TYPE_CHECKING:
     from tunesmith.engine.fit import StepReport
@@ -16,6 +19,40 @@ if TYPE_CHECKING:
 def visible(text: str) -> str:
     """Text of data and models without the control characters that could drive a terminal."""
     return "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+_STYLES = {"trained": "32", "end": "7;32", "user": "36", "system": "35", "tool": "34", "soft": "2", "bad": "31",
+           "warn": "33"}  # fmt: skip
+"""ANSI codes of the styles of a `Painted` line: what is learned is green, its end tokens reversed."""
+
+
+def painted(line: str, stream: TextIO) -> str:
+    """A line as `stream` shows it: in colours on a terminal, unless the user's NO_COLOR is set."""
+    if not isinstance(line, Painted) or not _in_colour(stream):
+        return visible(line)
+    return "".join(
+        f"\x1b[{_STYLES[style]}m{visible(text)}\x1b[0m" if style in _STYLES else visible(text)
+        for style, text in line.parts
+    )
+
+
+def _in_colour(stream: TextIO) -> bool:
+    """https://no-color.org"""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def check_lines(found: Mapping[str, Any]) -> list[str]:
+    """The pre-flight page of a recipe, or of each stage of a chain; what a data file is recognised as."""
+    if "chain" in found:
+        return [line for name, page in found["chain"].items() for line in [f"== {name}", *check_lines(page), ""]]
+    if "preflight" not in found:
+        return tree_lines(found)
+    head = f"{found['stage']} of {found['base']['name']}: {found['trainable_parameters']:,} of "
+    notes = [f"  {note}" for note in found["notes"]]
+    return [
+        f"{head}{found['total_parameters']:,} parameters train, {found['precision']} on {found['device']}", "",
+        *page_lines(found["preflight"]), *(["", "noticed", *notes] if notes else []),
+    ]  # fmt: skip
 
 
 def table(rows: Sequence[Sequence[str]], *, right: bool = True) -> list[str]:
@@ -171,7 +208,7 @@ class Progress:
     def say(self, text: str) -> None:
         """A line of talk, which the live line makes way for."""
         self.close()
-        print(visible(text), file=self._stream, flush=True)
+        print(painted(text, self._stream), file=self._stream, flush=True)
 
     def close(self) -> None:
         """End the live line, so that the next output begins on its own."""

@@ -24,6 +24,7 @@ LAYOUT = {
     "environment": "environment.json",
     "inputs": "inputs.json",
     "bad_rows": "bad_rows.jsonl",
+    "preflight": "preflight.json",
     "trainable": "trainable.json",
     "metrics": "metrics.jsonl",
     "evaluations": "evaluations.jsonl",
@@ -115,7 +116,7 @@ class RunDir:
     def discard(self) -> None:
         """Remove the folder of a run that never began: only what a run's start itself has put there."""
         if not self.file("recipe").exists():
-            for name in ("lock", "origins", "inputs", "bad_rows", "trainable", "environment"):
+            for name in ("lock", "origins", "inputs", "bad_rows", "preflight", "trainable", "environment"):
                 self.file(name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 self.path.rmdir()

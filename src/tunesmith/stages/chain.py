@@ -26,7 +26,7 @@ from tunesmith.model.load import base_record, load_tokenizer
 from tunesmith.recipe import Recipe, Resolved
 from tunesmith.recipe_chain import Chain, ChainStage, load_saved
 from tunesmith.rundir import RunDir, model_run
-from tunesmith.stages import from_run, running
+from tunesmith.stages import checking, from_run, running
 from tunesmith.stages.earlier import measure_earlier
 from tunesmith.stages.prepare import ONLINE, STAGES, base_path, locate, prepare, read_sets
 
@@ -41,7 +41,7 @@ _FILES = ("evaluate.probe", "ppo.ptx_data", "reward_model.demonstrations", "rewa
 
 def start(run: RunDir, chain: Chain, *, say: Say, show: Show) -> dict[str, Any]:
     """Run `chain` in the locked folder `run`, which may hold an earlier version of it. All stages are checked first."""
-    check(chain, say=say)
+    check(chain, say=say, whole=False)
     for name in ("result", "lineage", "report"):
         run.file(name).unlink(missing_ok=True)
     run.write_json("chain", {"format": 1, "recipe_folder": str(chain.folder), "model": chain.stages[-1].name})
@@ -57,9 +57,10 @@ def go_on(run: RunDir, *, say: Say, show: Show) -> dict[str, Any]:
     return _run(run, load_saved(run.file("recipe"), Path(folder)), again=True, say=say, show=show)
 
 
-def check(chain: Chain, *, say: Say) -> dict[str, dict[str, Any]]:
+def check(chain: Chain, *, say: Say, whole: bool = True) -> dict[str, dict[str, Any]]:
     """What each stage would notice before its first step, with the plain base in place of the stage before it.
 
+    `whole` gives each its pre-flight page; a run shows that when the stage begins.
     Raises one `RecipeError` with the problems of all stages.
     """
     problems: list[str] = []
@@ -67,13 +68,14 @@ def check(chain: Chain, *, say: Say) -> dict[str, dict[str, Any]]:
     for stage in chain.stages:
         recipe = stage.resolved.recipe
         try:
-            job, _ = prepare(recipe, chain.folder, say=lambda text: None)
+            job, base = prepare(recipe, chain.folder, say=lambda text: None)
             if recipe.stage in ONLINE and not stage.rewards:
                 STAGES[recipe.stage].build(job)  # opens the reward; one that a stage here gives is not there yet
         except TunesmithError as error:
             problems.append(f"stage {stage.name}: {error}")
             continue
         found[stage.name] = {
+            **(checking.found_of(job, base, stage.resolved) if whole else {}),
             "stage": recipe.stage,
             "starts_from": _start_name(chain, stage),
             "reward": ", ".join(chain.stages[i].name for i in stage.rewards) or None,

@@ -7,14 +7,23 @@ from typing import Any
 
 from tunesmith.data.records import read_records
 from tunesmith.data.store import SampleStore
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, RecipeError
+from tunesmith.evaluate.preflight_html import render_page
 from tunesmith.recipe import Resolved
+from tunesmith.rundir import write_whole
+from tunesmith.stages.job import Job
+from tunesmith.stages.planning import peak_of
 from tunesmith.stages.prepare import Say, prepare
 
 
 def check_recipe(resolved: Resolved, *, say: Say) -> dict[str, Any]:
     """What would train on what; raises what a run would raise."""
     job, base = prepare(resolved.recipe, resolved.folder, say=say)
+    return found_of(job, base, resolved)
+
+
+def found_of(job: Job, base: dict[str, Any], resolved: Resolved) -> dict[str, Any]:
+    """What `check` tells of a recipe that is prepared: the pre-flight page, with its plan, and what stands beside."""
     train = job.inputs.train
     return {
         "stage": resolved.recipe.stage,
@@ -22,6 +31,7 @@ def check_recipe(resolved: Resolved, *, say: Say) -> dict[str, Any]:
         "train": {"samples": len(train), "tokens": train.num_tokens, "trained_tokens": round(train.num_targets)},
         "eval": None if job.inputs.eval is None else {"samples": len(job.inputs.eval)},
         "labels": list(job.inputs.label_names),
+        "preflight": {**(job.page or {}), "plan": _plan(job, int(base["bytes"]))},
         "first_row": first_row(train, job.tokenizer),
         "round_trip": round_trip(train, job.tokenizer),
         "trainable_parameters": job.trainable.trainable,
@@ -30,6 +40,14 @@ def check_recipe(resolved: Resolved, *, say: Say) -> dict[str, Any]:
         "device": job.device,
         "notes": [*resolved.warnings, *job.inputs.notes],
     }
+
+
+def _plan(job: Job, file_bytes: int) -> dict[str, Any] | None:
+    """None for a family whose forward cannot be followed without weights: that is no reason not to train it."""
+    try:
+        return peak_of(job, file_bytes)
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def first_row(store: SampleStore, tokenizer: Any) -> dict[str, Any]:
@@ -57,6 +75,15 @@ def round_trip(store: SampleStore, tokenizer: Any, *, rows: int = 20) -> bool:
         if list(tokenizer(text, add_special_tokens=False)["input_ids"]) != ids or tokenizer.unk_token_id in ids:
             return False
     return True
+
+
+def write_page(found: dict[str, Any], path: Path) -> None:
+    """The page of a checked recipe, or of each stage of a chain, as one self-contained file."""
+    if "preflight" not in found and "chain" not in found:
+        raise RecipeError("--html is the page of a recipe; a data file alone has none")
+    if not path.parent.is_dir():
+        raise RecipeError(f"there is no folder {path.parent} to write {path.name} to")
+    write_whole(path, render_page(found))
 
 
 def check_data(spec: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tunesmith.batch import Batch, Sample
+from tunesmith.data.check import Finding
 from tunesmith.data.columns import WithColumns
 from tunesmith.data.encode import tokenizer_hash
 from tunesmith.data.source import OfflineSource
@@ -42,6 +43,8 @@ class Inputs:
     notes: tuple[str, ...] = ()
     bad_rows: tuple[Mapping[str, str], ...] = ()
     """Rows left out under `data.on_bad_row: skip`: which set, where, what is wrong, how to mend it."""
+    findings: tuple[Finding, ...] = ()
+    """What was noticed about the records, countable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,8 @@ class Job:
     folder: Path = field(default_factory=Path)
     run: RunDir | None = None
     say: Callable[[str], None] = lambda _: None
+    page: Mapping[str, Any] | None = None
+    """What was looked at before the first step; None for a run that goes on."""
     start: Callable[[], Any] | None = None
     """Loads the backbone as it was before training, where `backbone` has been trained already."""
 
@@ -198,7 +203,8 @@ def _beside(folder: Path, name: str) -> Path:
 
 def identity(job: Job, base_hash: str) -> dict[str, str]:
     """Fingerprints that a resumed run must share with the one that began: data, base, tokenizer, every setting."""
-    settings = job.recipe.model_dump(mode="json", exclude={"run", "threads", "evaluate"}, exclude_none=True)
+    kept_out = {"run", "threads", "evaluate", "preflight"}
+    settings = job.recipe.model_dump(mode="json", exclude=kept_out, exclude_none=True)
     return {
         **{key: _short(value) for key, value in flatten(settings).items()},
         "base weights": base_hash,

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.batch import Batch
-from tunesmith.data.prompts import PromptSet
 from tunesmith.errors import RecipeError
 from tunesmith.model.load import base_record, load_tokenizer
-from tunesmith.model.trainable import Trainable, TrainableSpec
+from tunesmith.model.trainable import TrainableSpec
 from tunesmith.plan.devices import DEVICES, REACHED, Device, find_device
 from tunesmith.plan.hardware import available_memory, choose_precision, matmul_rate, peak_memory_bytes
 from tunesmith.plan.memory import MemoryPlan, plan_memory
 from tunesmith.plan.shapes import StepShape, step_shape
 from tunesmith.recipe import Recipe, Resolved
-from tunesmith.stages.job import Inputs, Job, make_source, trainable_spec
-from tunesmith.stages.online import Rounds
+from tunesmith.stages.job import Job, trainable_spec
+from tunesmith.stages.load import Load, load_of
 from tunesmith.stages.prepare import STAGES, Say, base_path, make_inputs, read_sets, settled_device
 
-LOOKED_AT = 100
-"""Steps whose micro-batches are looked at for the largest."""
 OTHERS = (
     ("full", TrainableSpec("full")),
     ("last_layers=1", TrainableSpec("last_layers", layers=1)),
@@ -28,21 +23,6 @@ OTHERS = (
     ("lora rank=16", TrainableSpec("lora", rank=16, alpha=32.0)),
     ("4bit rank=16", TrainableSpec("lora", rank=16, alpha=32.0, quantize="4bit")),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """The largest micro-batch of a run, and what the whole run computes."""
-
-    lengths: tuple[int, ...]
-    num_targets: int
-    num_steps: int
-    tokens_per_step: float
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the largest micro-batch."""
-        return sum(self.lengths)
 
 
 def plan(resolved: Resolved, *, on: str | None, price: float | None, say: Say) -> dict[str, Any]:
@@ -62,7 +42,7 @@ def plan(resolved: Resolved, *, on: str | None, price: float | None, say: Say) -
         folder=resolved.folder,
         say=_quiet,
     )
-    load = _load(recipe, tokenizer, inputs, device)
+    load = load_of(recipe, tokenizer, inputs, device)
     runtime = 0 if target is not None or device != "cpu" else peak_memory_bytes()
     classes = 1 if recipe.stage == "reward" else max(2, len(inputs.label_names))
 
@@ -99,6 +79,25 @@ def plan(resolved: Resolved, *, on: str | None, price: float | None, say: Say) -
     }
 
 
+def peak_of(job: Job, file_bytes: int) -> dict[str, Any]:
+    """`{peak, room, fits, seconds}` of a job whose model is loaded: what the process holds without it is left out, and
+    the room is what there was before."""
+    recipe, bf16 = job.recipe, job.precision == "bfloat16"
+    load = load_of(recipe, job.tokenizer, job.inputs, job.device)
+    classes = 1 if recipe.stage == "reward" else max(2, len(job.inputs.label_names))
+    spec = trainable_spec(recipe, job.folder)
+    kind = STAGES[recipe.stage].KIND
+    shape = step_shape(job.base, kind, spec, load.lengths, load.num_targets, bf16=bf16, classes=classes)
+    memory = plan_memory(
+        shape, num_tokens=load.num_tokens, num_targets=load.num_targets, file_bytes=file_bytes, runtime=0,
+        optimizer=recipe.train.optimizer, bf16=bf16,
+    )  # fmt: skip
+    room = available_memory(job.device) + memory.weights
+    flops = _total_flops(shape, load)
+    rate = matmul_rate("bfloat16" if bf16 else "float32", size=1024) * REACHED
+    return {"peak": memory.peak, "room": room, "fits": memory.peak <= room, "seconds": flops / rate}
+
+
 def _quiet(_: str) -> None:
     return None
 
@@ -110,46 +109,6 @@ def _target(on: str | None) -> Device | None:
     if found is None:
         raise RecipeError(f"there is no device `{on}` in the table; take {', '.join(d.name for d in DEVICES)}")
     return found
-
-
-def _load(recipe: Recipe, tokenizer: Any, inputs: Inputs, device: str) -> Load:
-    if isinstance(inputs.train, PromptSet):
-        return _online_load(recipe, inputs.train)
-    nothing = Trainable("none", (), 0, 0, 0, (), ())
-    source = make_source(Job(recipe, tokenizer, inputs, None, nothing, device, "float32"))
-    steps = range(1, min(source.num_steps, LOOKED_AT) + 1)
-    batches: list[Batch] = []
-    tokens = 0
-    for step in steps:
-        made = source.step_batches(step)
-        tokens += sum(batch.num_tokens for batch in made)
-        batches = [max([*batches, *made], key=lambda b: b.num_tokens)]
-    largest = batches[0]
-    return Load(largest.lengths, int((largest.weights > 0).sum()), source.num_steps, tokens / len(steps))
-
-
-def _online_load(recipe: Recipe, prompts: PromptSet) -> Load:
-    """Every rollout at its longest; a round's rollouts in micro-batches."""
-    assert recipe.sampling is not None, "the recipe is resolved"
-    rounds = _rounds(recipe)
-    answer = recipe.sampling.max_tokens
-    longest = int(prompts.lengths.max()) + answer
-    rows = max(1, rounds.prompts * rounds.num_per_prompt // rounds.minibatches)
-    fit = max(1, min(rows, recipe.train.micro_batch_tokens // longest))
-    per_step = rows * (float(prompts.lengths.mean()) + answer)
-    steps = recipe.train.steps or round((recipe.train.epochs or 1) * len(prompts) / rounds.prompts) * (
-        rounds.epochs * rounds.minibatches
-    )
-    return Load((longest,) * fit, answer * fit, max(1, steps), per_step)
-
-
-def _rounds(recipe: Recipe) -> Rounds:
-    if recipe.grpo is not None:
-        spec = recipe.grpo
-        return Rounds(spec.prompts, spec.group, spec.epochs, spec.minibatches)
-    assert recipe.ppo is not None, "the recipe is resolved"
-    per_prompt = 1 if recipe.sampling is None else recipe.sampling.num_per_prompt or 1
-    return Rounds(recipe.ppo.rollouts // per_prompt, per_prompt, recipe.ppo.epochs, recipe.ppo.minibatches)
 
 
 def _total_flops(shape: StepShape, load: Load) -> float:

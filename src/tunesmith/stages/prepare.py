@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -27,8 +27,9 @@ from tunesmith.model.packing import recompute_activations
 from tunesmith.model.trainable import make_trainable
 from tunesmith.plan.hardware import choose_device, choose_precision
 from tunesmith.recipe import Recipe
-from tunesmith.stages import classify, dpo, grpo, mlm, ppo, pretrain, reward, sft
+from tunesmith.stages import beforehand, classify, dpo, grpo, mlm, ppo, pretrain, reward, sft
 from tunesmith.stages.job import Inputs, Job, trainable_spec
+from tunesmith.stages.load import NOTHING
 
 STAGES: dict[str, ModuleType] = {
     "pretrain": pretrain, "mlm": mlm, "sft": sft, "classify": classify, "reward": reward, "dpo": dpo, "ppo": ppo,
@@ -133,14 +134,18 @@ def make_inputs(
     What is kept, the origins of the samples too, names files shortly: it stands in pages that are passed on.
     """
     labels = label_names(recipe, sets) if recipe.stage == "classify" else ()
-    findings = [*map(str, look_at(recipe, sets)), *left_out(sets), *(f"training: {t}" for t in sets.train.narrowed)]
+    noticed = look_at(recipe, sets, marks=special_texts(tokenizer))
+    findings = [*map(str, noticed), *left_out(sets), *(f"training: {t}" for t in sets.train.narrowed)]
     for finding in findings:
         say(finding)
     encoder = make_encoder(recipe, tokenizer, labels, context_tokens)
-    stores = {
-        name: None if records is None else _encode(records, encoder, name, recipe, context_tokens, say=say)
-        for name, records in (("training", sets.train), ("held-out", sets.eval), ("test", sets.test))
-    }
+    try:
+        stores = {
+            name: None if records is None else _encode(records, encoder, name, recipe, context_tokens, say=say)
+            for name, records in (("training", sets.train), ("held-out", sets.eval), ("test", sets.test))
+        }
+    except DataError as error:
+        raise beforehand.joined(error, noticed, recipe) from None
     called = short_names([name for s in (sets.train, sets.eval, sets.test) if s is not None for name in s.files])
     train, held_out, test = (store and store.renamed(called) for store in stores.values())
     notes = (
@@ -155,6 +160,7 @@ def make_inputs(
         labels,
         notes,
         tuple({**row, "origin": place(row["origin"], called)} for row in bad_rows(sets)),
+        findings=tuple(noticed),
     )
 
 
@@ -178,16 +184,24 @@ def left_out(sets: Sets) -> list[str]:
     return found
 
 
-def look_at(recipe: Recipe, sets: Sets) -> list[Finding]:
-    """What is noticed about the records; what would make the run pointless or its result wrong is a `DataError`."""
-    findings = check_records(sets.train, sets.eval)
+def special_texts(tokenizer: Any) -> tuple[str, ...]:
+    """The special tokens as they would be written in a text."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return tuple(dict.fromkeys([*map(str, tokenizer.all_special_tokens), *added]))
+
+
+def look_at(recipe: Recipe, sets: Sets, *, marks: Sequence[str] = ()) -> list[Finding]:
+    """What is noticed about the records; labels that cannot be trained or measured are a `DataError`.
+
+    What a gate of `plan.preflight` judges is only noticed.
+    """
+    findings = check_records(sets.train, sets.eval, marks=marks)
     if sets.test is not None:
-        findings += [f for f in check_records(sets.train, sets.test) if f.kind.endswith("overlap")]
-    passed = {"overlap", "input_overlap"} if recipe.data.on_overlap == "allow" else set[str]()
-    wrong = [str(f) for f in findings if f.severity == "error" and f.kind not in passed]
+        kept = ("overlap", "input_overlap", "ngram_overlap", "one_held_out_label", "unseen_labels")
+        findings += [f for f in check_records(sets.train, sets.test) if f.kind in kept]
+    wrong = [str(f) for f in findings if f.kind in ("one_label", "unseen_labels")]
     if wrong:
-        hint = "; data.on_overlap: allow trains all the same" if any("overlap" in f.kind for f in findings) else ""
-        raise several(wrong, DataError, headline=f"this data would give a pointless or misleading run{hint}:")
+        raise several(wrong, DataError, headline=beforehand.HEADLINE)
     return findings
 
 
@@ -290,6 +304,7 @@ def prepare(
 
     `device` and `precision` are those of a run that goes on; without them the recipe and this machine decide.
     """
+    goes_on = device is not None
     device = settled_device(device or recipe.device)
     precision = precision or choose_precision(recipe.precision, device)
     base = base_path(recipe.base, folder)
@@ -300,6 +315,11 @@ def prepare(
     sets = read_sets(recipe, folder)
     say(f"data: {sets.train.describe()}")
     inputs = make_inputs(recipe, sets, tokenizer, record["context_tokens"], folder=folder, say=say)
+    page = None
+    if not goes_on:
+        draft = Job(recipe, tokenizer, inputs, None, NOTHING, device, precision, base, folder)
+        page = beforehand.look(draft, sets, record)
+        beforehand.refuse(page)
     backbone = load_model(recipe, base, inputs.label_names)
     trainable = make_trainable(backbone, trainable_spec(recipe, folder))
     if (packed := getattr(backbone, "tunesmith_packed", None)) is not None:
@@ -316,7 +336,8 @@ def prepare(
         inputs = replace(inputs, notes=(*inputs.notes, note))
     if recipe.train.checkpoint_activations:
         recompute_activations(backbone)
-    return Job(recipe, tokenizer, inputs, backbone, trainable, device, precision, base, folder, say=say), record
+    made = Job(recipe, tokenizer, inputs, backbone, trainable, device, precision, base, folder, say=say, page=page)
+    return made, record
 
 
 def settled_device(wanted: str) -> str:

@@ -23,6 +23,7 @@ from tunesmith.evaluate.generate import side_by_side
 from tunesmith.evaluate.report import write_report
 from tunesmith.model.hashing import content_sums
 from tunesmith.plan.hardware import environment, peak_memory_bytes
+from tunesmith.plan.page import page_lines
 from tunesmith.recipe import Recipe, Resolved, load_resolved
 from tunesmith.rundir import RunDir
 from tunesmith.stages import baselining, finals, measuring
@@ -45,6 +46,7 @@ def start(run: RunDir, resolved: Resolved, *, say: Say, show: Show) -> dict[str,
     baselining.wanted(job)
     run.write_json("origins", dict(resolved.origins))
     run.write_json("inputs", _inputs(job, base, resolved.folder))
+    _show_page(run, job, say)
     if job.inputs.bad_rows:
         run.write_text("bad_rows", "".join(json.dumps(row) + "\n" for row in job.inputs.bad_rows))
     run.write_json("trainable", {**asdict(job.trainable), "names": list(job.trainable.names)})
@@ -66,6 +68,14 @@ def go_on(run: RunDir, *, say: Say, show: Show) -> dict[str, Any]:
     job, base = prepare(recipe, folder, say=say, device=began["device"], precision=precision)
     job = replace(job, run=run)
     return _train(run, job, _build(job, say), base, again=True, say=say, show=show)
+
+
+def _show_page(run: RunDir, job: Job, say: Say) -> None:
+    """What is about to be trained on, said and kept."""
+    assert job.page is not None, "a run that begins was looked at"
+    for line in page_lines(job.page, rows=1, width=160):
+        say(line)
+    run.write_json("preflight", job.page)
 
 
 def _use_threads(recipe: Recipe) -> None:
@@ -165,6 +175,7 @@ def _result(
         "tokens_per_second": round(progress.tokens / progress.seconds, 1) if progress.seconds else 0.0,
         "best_step": progress.best_step or None,
         "findings": list(job.inputs.notes),
+        "preflight": _passed(run),
     }
     result |= _compared(job, before, after)
     return result
@@ -177,6 +188,12 @@ def _changed(job: Job, at_start: Mapping[str, int], say: Say) -> dict[str, int]:
     if not differ:
         say("warning: no weight differs from the start: the run taught nothing")
     return {"trainable": len(learned), "changed": len(differ & learned), "frozen_changed": len(differ - learned)}
+
+
+def _passed(run: RunDir) -> dict[str, Any]:
+    """What the report says of the gates: those that were passed knowingly, with what was found."""
+    page = run.read_json("preflight") if run.file("preflight").is_file() else {}
+    return {"gates": len(page.get("gates", ())), "allowed": page.get("allowed", [])}
 
 
 def _compared(job: Job, before: Moment, after: Moment) -> dict[str, Any]:
