@@ -113,7 +113,12 @@ class Outputs:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A sum, not a mean: the loop divides once, by the count of the whole step. `metrics`: name -> (sum, count)."""
+    """A sum, not a mean: the loop divides once, by the count of the whole step. `metrics`: name -> (sum, count).
+
+    `rows [S]`: the mean loss of each segment, or of the group it belongs to, without gradient; None where a row has no
+    loss of its own.
+    """
 
     sum: Tensor
     metrics: Mapping[str, tuple[Tensor, float]] = field(default_factory=dict)
+    rows: Tensor | None = None

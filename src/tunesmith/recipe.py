@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from tunesmith.errors import RecipeError, several
+from tunesmith.recipe_forget import ForgetSpec
 from tunesmith.recipe_preflight import PreflightSpec
 from tunesmith.recipe_rules import DEFAULTS, OWN_SECTIONS, SCORED, check_together, does_nothing, method_defaults
 from tunesmith.recipe_sections import (
@@ -61,6 +62,8 @@ class Recipe(Section):
     """How the loop runs."""
     evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)
     """What is measured beside the loss."""
+    forget: ForgetSpec | None = None
+    """A limit on what is forgotten while the task is learned."""
     preflight: PreflightSpec | None = None
     """What is looked at before the first step."""
     reward_model: RewardModelSpec | None = None

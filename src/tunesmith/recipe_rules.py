@@ -60,6 +60,8 @@ _STAGE_KEYS = {
     "evaluate.baselines": {"classify", "sft"},
     "evaluate.baseline_rows": {"classify"},
     "evaluate.prompting": {"classify", "sft"},
+    "evaluate.row_losses": {"pretrain", "mlm", "sft", "classify", "reward", "dpo"},
+    "forget.replay": {"pretrain", "mlm", "sft", "classify"},
     "reward_model": {"reward"},
     "dpo": {"dpo"},
     "reward": _ONLINE | SCORED,
@@ -118,6 +120,8 @@ def method_defaults(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
         found["tune.layers"] = 1
     if _has_eval(values["data"]):
         found["train.select_by"] = _SELECT_BY.get(stage, "loss")
+    if values["forget"] is not None:
+        found["forget.on_exceed"] = "stop" if stage in _ONLINE else "go_back"
     if stage in _ASKED and len(asked := _part_templates(values["data"])) == 1 and asked != {None}:
         found["data.template"] = next(iter(asked))
     return found | alignment_defaults(values)
@@ -210,6 +214,7 @@ def _contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("train.select_by", "choosing a checkpoint needs held-out rows: add `data.eval` or `data.split`")
         )
     problems += _baseline_problems(values)
+    problems += _forget_problems(values)
     if train["warmup"] > 1 and train["warmup"] != int(train["warmup"]):
         problems.append(("train.warmup", "`train.warmup` is a share below 1 or a whole number of steps"))
     return problems
@@ -234,6 +239,20 @@ def _baseline_problems(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "{text}" not in template or not template.endswith("{label}"):
         problems.append(("evaluate.prompting.template", "it holds `{text}` and ends with `{label}`, which the base is "
                          "asked for"))  # fmt: skip
+    return problems
+
+
+def _forget_problems(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    forget, problems = values["forget"], []
+    if forget is None:
+        return []
+    if forget["on_exceed"] == "go_back" and values["stage"] in _ONLINE:
+        problems.append(("forget.on_exceed", "`go_back` would leave rollouts of weights that are gone; stage "
+                         f"{values['stage']} takes stop or go_on"))  # fmt: skip
+    replay = forget["replay"]
+    if replay is not None and replay["ratio"] > replay["most"]:
+        problems.append(("forget.replay.most", f"`most` is {replay['most']:g}, below the ratio it begins with, "
+                         f"{replay['ratio']:g}"))  # fmt: skip
     return problems
 
 

@@ -204,6 +204,9 @@ class EvaluateSpec(Section):
     """Complete held-out prompts and compare with the answers: exact match, ROUGE-L, BLEU, share that end."""
     probe: str | None = None
     """Text outside the task on which forgetting is measured; a built-in one when not set."""
+    row_losses: Literal["none", "seen", "all"] = "seen"
+    """Losses kept row by row: those that training and evaluations compute anyway, or also those of all training rows
+    under the final weights."""
     sentences: list[str] = Field(default_factory=list)
     """Texts of yours that are classified before and after."""
     baselines: bool | list[Baseline] | None = None

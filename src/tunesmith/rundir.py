@@ -32,6 +32,10 @@ LAYOUT = {
     "before": "before.json",
     "baselines": "baselines.json",
     "after": "after.json",
+    "forget": "forget.json",
+    "train_rows": "train_rows.jsonl",
+    "eval_rows": "eval_rows.jsonl",
+    "final_rows": "final_rows.jsonl",
     "samples": "samples.jsonl",
     "rollouts": "rollouts.jsonl",
     "result": "result.json",
@@ -45,6 +49,7 @@ LAYOUT = {
     "earlier": "earlier_tasks.json",
     "lineage": "lineage.json",
 }
+_BEGINNINGS = ("environment", "train_rows", "eval_rows", "rollouts")
 
 
 @dataclass(slots=True)
@@ -116,7 +121,7 @@ class RunDir:
     def discard(self) -> None:
         """Remove the folder of a run that never began: only what a run's start itself has put there."""
         if not self.file("recipe").exists():
-            for name in ("lock", "origins", "inputs", "bad_rows", "preflight", "trainable", "environment"):
+            for name in ("lock", "origins", "inputs", "bad_rows", "preflight", "trainable", *_BEGINNINGS):
                 self.file(name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 self.path.rmdir()

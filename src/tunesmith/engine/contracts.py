@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from tunesmith.batch import Batch, Loss, Outputs
+from tunesmith.engine.limit import Limit
 from tunesmith.engine.optim import OptimSpec
 
 
@@ -56,6 +57,7 @@ class Source(Protocol):
 
 Evaluate = Callable[[int], Mapping[str, float]]
 """step -> metric name -> value on the held-out rows."""
+KeepRows = Callable[[int, Sequence[tuple[Batch, Tensor]]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ class Stage:
     """A stage is data: a model that answers a batch, an objective that sums, a source that yields.
 
     `describe` is what the source knows of the data of a step, as of rollouts their reward; it joins the step's line.
+    `keep_rows` receives every finished step's batches with the loss of each segment `[S]`, where the objective gives it.
     """
 
     name: str
@@ -71,6 +74,7 @@ class Stage:
     source: Source
     evaluate: Evaluate | None = None
     describe: Evaluate | None = None
+    keep_rows: KeepRows | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,7 @@ class FitSpec:
     select_by: str | None = None
     patience: int | None = None
     device: str = "cpu"
+    limit: Limit | None = None
 
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
@@ -101,6 +106,7 @@ class Progress:
     worse_in_a_row: int = 0
     evaluations: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
+    """What a limit has decided so far (`engine/limit.py`)."""
 
     def note(self, value: float, step: int, *, lower: bool) -> bool:
         """Take an evaluation into account; True when it is the best so far. NaN is never best."""

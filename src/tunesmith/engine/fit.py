@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tunesmith.batch import Batch
-from tunesmith.engine.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from tunesmith.engine.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, step_folder
 from tunesmith.engine.contracts import LOWER_IS_BETTER, FitSpec, Progress, Stage
+from tunesmith.engine.limit import go_back, kept_steps, slowed
 from tunesmith.engine.metrics import MetricsLog
 from tunesmith.engine.optim import clip, gradient_norm, moments_finite, rate_at, set_rate
 from tunesmith.engine.signals import StopSignals
@@ -29,12 +30,22 @@ from tunesmith.errors import DataError, Interrupted, NonFiniteError, RunError, T
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """Where the loop writes: `metrics` and `evaluations` are the same bytes for the same run, `timings` are not."""
+    """Where the loop writes: `metrics` and `evaluations` are the same bytes for the same run, `timings` are not.
+
+    `others` are logs that a stage writes itself; they are flushed with a checkpoint and cut on resuming like the rest.
+    """
 
     metrics: MetricsLog
     evaluations: MetricsLog
     timings: MetricsLog
     checkpoints: Path
+    others: Mapping[str, MetricsLog] = field(default_factory=dict)
+
+    @property
+    def logs(self) -> dict[str, MetricsLog]:
+        """Every log by its name."""
+        own = {"metrics": self.metrics, "evaluations": self.evaluations, "timings": self.timings}
+        return {**own, **self.others}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +76,12 @@ def fit(
     progress: Progress = state.progress
     if not resumed:
         save(stage, state, spec, files)
-    last = state.step if _stopped_early(spec, progress) else stage.source.num_steps
+    last = state.step if _is_over(spec, progress) else stage.source.num_steps
     with StopSignals() as stop:
         for step in range(state.step + 1, last + 1):
             started = time.perf_counter()
             try:
-                line, tokens = train_step(stage, state.optimizer, spec, step)
+                line, tokens = train_step(stage, state.optimizer, slowed(spec, progress), step)
             except (NonFiniteError, RunError):
                 raise
             except TunesmithError:
@@ -100,7 +111,7 @@ def train_step(
         raise DataError(_nothing_to_learn(step, [o for b in batches for o in b.origins]))
     stage.model.train()
     optimizer.zero_grad(set_to_none=True)
-    total, sums = 0.0, dict[str, tuple[float, float]]()
+    total, sums, rows = 0.0, dict[str, tuple[float, float]](), list[tuple[Batch, Tensor]]()
     with step_randomness(spec.seed, step, spec.device):
         for batch in batches:
             loss = stage.objective.loss(stage.model(batch), batch)
@@ -111,7 +122,10 @@ def train_step(
             for name, (value, number) in loss.metrics.items():
                 before = sums.get(name, (0.0, 0.0))
                 sums[name] = (before[0] + float(value), before[1] + number)
+            rows += [] if loss.rows is None else [(batch, loss.rows)]
     norm = _update(stage, optimizer, spec, step, batches)
+    if stage.keep_rows is not None:
+        stage.keep_rows(step, rows)
     line = {
         "step": step,
         "epoch": round(step / stage.source.steps_per_epoch, 6),
@@ -151,7 +165,7 @@ def step_randomness(seed: int, step: int, device: str) -> Iterator[None]:
 
 
 def _after_step(stage: Stage, state: TrainState, spec: FitSpec, files: Files, say: Say) -> bool:
-    """Evaluate and save where it is due; True when early stopping ends the run."""
+    """Evaluate and save where it is due; True when early stopping or the limit ends the run."""
     step, last = state.step, state.step == stage.source.num_steps
     boundary = stage.source.at_boundary(step)
     over = False
@@ -175,18 +189,37 @@ def _evaluate(stage: Stage, state: TrainState, spec: FitSpec, files: Files, say:
     epoch = round(state.step / stage.source.steps_per_epoch, 6)
     files.evaluations.append({"step": state.step, "epoch": epoch, "metrics": metrics})
     say(f"step {state.step} (epoch {epoch:g}): " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
-    if spec.select_by is None:
-        return False
-    value = metrics[spec.select_by]
-    state.progress.note(value, state.step, lower=spec.select_by in LOWER_IS_BETTER)
-    over = _stopped_early(spec, state.progress)
-    if over:
+    within = _keeps_within(state, spec, files, metrics, say)
+    if spec.select_by is not None:
+        value = metrics[spec.select_by] if within else math.nan
+        state.progress.note(value, state.step, lower=spec.select_by in LOWER_IS_BETTER)
+    elif spec.limit is not None and within:
+        state.progress.best_step = state.step
+    if _stopped_early(spec, state.progress):
         say(f"early stopping: {spec.select_by} has not improved for {spec.patience} evaluations")
-    return over
+    return _is_over(spec, state.progress)
+
+
+def _keeps_within(state: TrainState, spec: FitSpec, files: Files, metrics: Mapping[str, float], say: Say) -> bool:
+    """True when this evaluation keeps within the limit, or there is none; else what the limit asks for is done."""
+    if spec.limit is None or spec.limit.judge(metrics[spec.limit.metric], state.step, state.progress):
+        return True
+    limit, text = spec.limit, f"{spec.limit.metric} {metrics[spec.limit.metric]:.4f} is over {spec.limit.at_most:g}"
+    if limit.on_exceed == "go_back":
+        step = go_back(state, files.checkpoints)
+        rate = state.progress.extra.get("rate", 1.0)
+        say(f"{text}: back to the weights of step {step}, going on at {rate:g} of the learning rate")
+    else:
+        say(f"{text}: " + ("training ends" if limit.on_exceed == "stop" else "this checkpoint will not be kept"))
+    return False
 
 
 def _stopped_early(spec: FitSpec, progress: Progress) -> bool:
     return spec.patience is not None and progress.worse_in_a_row >= spec.patience
+
+
+def _is_over(spec: FitSpec, progress: Progress) -> bool:
+    return _stopped_early(spec, progress) or (spec.limit is not None and spec.limit.ends(progress))
 
 
 def save(stage: Stage, state: TrainState, spec: FitSpec, files: Files) -> None:
@@ -195,12 +228,10 @@ def save(stage: Stage, state: TrainState, spec: FitSpec, files: Files) -> None:
         raise NonFiniteError(f"step {state.step}: a weight is NaN or infinite; nothing was saved, the last good "
                              "checkpoint stands. Lower train.learning_rate or set train.clip_norm")  # fmt: skip
     tensors, meta = state.capture()
-    logs = {name: getattr(files, name) for name in ("metrics", "evaluations", "timings")}
-    for log in logs.values():
+    for log in files.logs.values():
         log.sync()
-    meta["log_bytes"] = {name: log.size() for name, log in logs.items()}
-    best = state.progress.best_step
-    protect = frozenset({best}) if spec.select_by and best else frozenset[int]()
+    meta["log_bytes"] = {name: log.size() for name, log in files.logs.items()}
+    protect = kept_steps(spec, state.progress)
     save_checkpoint(files.checkpoints, state.step, tensors, meta, keep=spec.keep, protect=protect)
 
 
@@ -212,18 +243,26 @@ def resume(state: TrainState, files: Files, *, say: Say) -> bool:
     tensors, meta = load_checkpoint(newest)
     state.restore(tensors, meta)
     for name, size in meta["log_bytes"].items():
-        getattr(files, name).cut(size)
+        files.logs[name].cut(size)
     return True
 
 
 def load_best(stage: Stage, state: TrainState, spec: FitSpec, files: Files, say: Say) -> None:
-    """Put the best evaluated weights into the model; the last ones when nothing was selected by."""
-    best = state.progress.best_step
-    if spec.select_by is None or best in (0, state.step):
+    """Put the best evaluated weights into the model; the last ones when nothing was selected by.
+
+    Under a limit only weights within it are kept: those of the start when no others are.
+    """
+    best, limit = state.progress.best_step, spec.limit
+    if best == state.step or (limit is None and (spec.select_by is None or best == 0)):
         return
-    tensors, _ = load_checkpoint(files.checkpoints / f"step_{best:06d}")
+    tensors, _ = load_checkpoint(step_folder(files.checkpoints, best))
     state.load_weights(tensors)
-    say(f"best by {spec.select_by}: step {best} ({state.progress.best_value:.4f}); its weights are kept")
+    if limit is not None and best == 0:
+        say(f"NO CHECKPOINT KEEPS {limit.metric} within {limit.at_most:g}: the base is kept as it was")
+    elif spec.select_by is None:
+        say(f"the last step that keeps within the limit is {best}; its weights are kept")
+    else:
+        say(f"best by {spec.select_by}: step {best} ({state.progress.best_value:.4f}); its weights are kept")
 
 
 def _trained(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -103,6 +103,13 @@ class TrainState:
             raise several(problems, RunError, headline="the checkpoint does not fit this model:")
         self._copy_weights(tensors)
 
+    def rewind(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Put weights and optimizer back and leave step, source and progress where they are; `RunError` as above."""
+        if problems := self._misfits(tensors, meta):
+            raise several(problems, RunError, headline="the checkpoint does not fit this model and optimizer:")
+        self._copy_weights(tensors)
+        self._restore_optimizer(tensors, meta["optimizer"])
+
     @torch.no_grad()
     def _copy_weights(self, tensors: Mapping[str, Tensor]) -> None:
         for name, parameter in self._trainable().items():

@@ -27,9 +27,9 @@ class Classify:
         scores, labels = outputs.scores, batch.labels
         assert scores is not None and labels is not None, "classification needs scores and labels"
         if self.multi_label:
-            total = F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype), reduction="none").mean(1).sum()
+            costs = F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype), reduction="none").mean(1)
             right = ((scores > 0) == (labels > 0.5)).all(1).sum()
         else:
-            total = F.cross_entropy(scores, labels, reduction="sum")
+            costs = F.cross_entropy(scores, labels, reduction="none")
             right = (scores.argmax(1) == labels).sum()
-        return Loss(total, {"accuracy": (right.detach().float(), float(batch.num_segments))})
+        return Loss(costs.sum(), {"accuracy": (right.detach().float(), float(batch.num_segments))}, costs.detach())

@@ -43,6 +43,15 @@ class Compared:
         """Score of the better answer minus that of the worse `[P]`."""
         return self.scores[self.pairs.better] - self.scores[self.pairs.worse]
 
+    def rows(self, batch: Batch) -> Tensor:
+        """For each answer the mean loss of the pairs of its prompt `[S]`, without gradient; NaN where all are tied."""
+        assert batch.groups is not None
+        _, owner = batch.groups.unique(return_inverse=True)
+        costs = torch.full((int(owner.max()) + 1,), torch.nan, dtype=self.costs.dtype, device=self.costs.device)
+        costs[owner[self.pairs.better]] = 0.0
+        costs.index_add_(0, owner[self.pairs.better], self.costs.detach() * self.pairs.share.to(self.costs.dtype))
+        return costs[owner]
+
 
 def pairs_of(batch: Batch) -> Pairs:
     """All pairs of segments of one group whose ranks (`labels [S]` or the first of `labels [S, 2]`) differ.

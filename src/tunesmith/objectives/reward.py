@@ -31,7 +31,7 @@ class BradleyTerry:
         found = self.compare(outputs, batch)
         pairs, gaps = found.pairs, found.gaps
         metrics = {"accuracy": pairs.mean(half_for_ties(gaps)), "margin": pairs.mean(gaps)}
-        return Loss(weighted(found.costs, pairs.share), metrics)
+        return Loss(weighted(found.costs, pairs.share), metrics, found.rows(batch))
 
     def compare(self, outputs: Outputs, batch: Batch) -> Compared:
         """The score of every answer and the loss of every pair."""

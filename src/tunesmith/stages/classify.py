@@ -18,7 +18,6 @@ from tunesmith.evaluate.classify import ScoreResult, evaluate_scores
 from tunesmith.model.score import ScoreModel
 from tunesmith.objectives.classify import Classify
 from tunesmith.stages.job import Built, Job, Measured, make_source
-from tunesmith.stages.likelihood import quick_metrics
 
 KIND = "classifier"
 
@@ -37,10 +36,8 @@ def build(job: Job) -> Built:
             per_class=result.per_class(job.inputs.label_names) if full else {},
         )
 
-    held_out = job.inputs.eval
-    evaluate = None if held_out is None else lambda step: quick_metrics(measure(held_out, False))
     objective = Classify(job.recipe.data.multi_label)
-    return Built(Stage("classify", model, objective, make_source(job), evaluate), measure)
+    return Built(Stage("classify", model, objective, make_source(job)), measure)
 
 
 def predictions(result: ScoreResult, names: Sequence[str]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from tunesmith.model.language import LanguageModel
 from tunesmith.objectives.dpo import Preference
 from tunesmith.recipe import Recipe
 from tunesmith.stages.job import Built, Job, Measured, make_source
-from tunesmith.stages.likelihood import complete, quick_metrics, with_completions, with_reward
+from tunesmith.stages.likelihood import complete, with_completions, with_reward
 from tunesmith.stages.preference import References, measure_preferences
 from tunesmith.stages.scored import reward_of_completions
 
@@ -48,8 +48,7 @@ def build(job: Job) -> Built:
         scored = job.recipe.evaluate.generate is not None
         return with_completions(measured, generation, scored=scored, seed=job.recipe.seed)
 
-    evaluate = None if held_out is None else lambda step: quick_metrics(measure(held_out, False))
-    return Built(Stage("dpo", model, objective, make_source(job, samples=beside(train)), evaluate), measure)
+    return Built(Stage("dpo", model, objective, make_source(job, samples=beside(train))), measure)
 
 
 def objective_of(recipe: Recipe) -> Preference:

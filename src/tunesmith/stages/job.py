@@ -18,6 +18,8 @@ from tunesmith.data.encode import tokenizer_hash
 from tunesmith.data.source import OfflineSource
 from tunesmith.data.store import SampleStore
 from tunesmith.engine.contracts import FitSpec, Stage
+from tunesmith.engine.limit import Limit
+from tunesmith.engine.metrics import MetricsLog
 from tunesmith.engine.optim import OptimSpec, rate_at
 from tunesmith.evaluate.generate import GenerationResult
 from tunesmith.evaluate.intervals import Estimate, Statistic
@@ -25,8 +27,11 @@ from tunesmith.model.language import LanguageModel
 from tunesmith.model.trainable import Trainable, TrainableSpec
 from tunesmith.recipe import Recipe
 from tunesmith.rundir import RunDir, flatten
+from tunesmith.stages.probes import Probe, fingerprints
 
 Collate = Callable[[Sequence[Sample]], Batch]
+FORGETTING = "forgetting"
+"""The metric that a limit on forgetting is about."""
 Store = Any
 """A `SampleStore`; where rollouts are made, a `PromptSet`. Both give samples by index, their lengths and origins."""
 
@@ -39,6 +44,9 @@ class Inputs:
     eval: Store | None
     test: Store | None
     probe: SampleStore | None = None
+    probes: Mapping[str, Probe] = field(default_factory=dict)
+    """What forgetting is measured on, where the recipe sets it a limit."""
+    replay: Probe | None = None
     label_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     bad_rows: tuple[Mapping[str, str], ...] = ()
@@ -102,13 +110,16 @@ class Measured:
 @dataclass(frozen=True, slots=True)
 class Built:
     """A stage ready for the loop, and how to measure it on any samples. `plain` is the model as a language model, where
-    the stage's own acts as a policy. `finish`, called once after the last step and before measuring, says what it does
-    and returns what belongs into the result."""
+    the stage's own acts as a policy. `probes` measures what forgetting is limited on, `logs` are files that are written
+    along the way. `finish`, called once after the last step and before measuring, says what it does and returns what
+    belongs into the result."""
 
     stage: Stage
     measure: Callable[[SampleStore, bool], Measured]
     extra: Mapping[str, Any] = field(default_factory=dict)
     plain: LanguageModel | None = None
+    probes: Callable[[], Mapping[str, Measured]] | None = None
+    logs: Mapping[str, MetricsLog] = field(default_factory=dict)
     finish: Callable[[Callable[[str], None]], Mapping[str, Any]] | None = None
 
 
@@ -168,7 +179,17 @@ def fit_spec(recipe: Recipe, num_steps: int, device: str) -> FitSpec:
         select_by=train.select_by,
         patience=train.early_stopping.patience if train.early_stopping else None,
         device=device,
+        limit=limit_of(recipe),
     )
+
+
+def limit_of(recipe: Recipe) -> Limit | None:
+    """The limit on forgetting as the loop takes it; None without one."""
+    forget = recipe.forget
+    if forget is None:
+        return None
+    assert forget.on_exceed is not None, "the recipe is resolved"
+    return Limit(FORGETTING, forget.limit, forget.on_exceed, forget.lower_rate, forget.near)
 
 
 def _rate_ratios(recipe: Recipe) -> tuple[tuple[str, float], ...]:
@@ -210,6 +231,7 @@ def identity(job: Job, base_hash: str) -> dict[str, str]:
         "base weights": base_hash,
         "training samples": job.inputs.train.fingerprint,
         "held-out samples": job.inputs.eval.fingerprint if job.inputs.eval is not None else "none",
+        **fingerprints(job.inputs.probes, job.inputs.replay),
         "tokenizer": tokenizer_hash(job.tokenizer),
         "matrix products": job.precision,
         "torch": torch.__version__.split("+")[0],

@@ -6,7 +6,7 @@ depends on (seed, step, row) in training and on the row alone when measuring, so
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,8 @@ from tunesmith.engine.contracts import Stage
 from tunesmith.errors import ModelError
 from tunesmith.model.language import LanguageModel
 from tunesmith.objectives.likelihood import Likelihood
-from tunesmith.stages.job import Built, Job, Measured, make_source
-from tunesmith.stages.likelihood import measure_likelihood, quick_metrics
+from tunesmith.stages.job import Built, Collate, Job, Measured, make_source
+from tunesmith.stages.likelihood import measure_likelihood
 
 KIND = "masked"
 
@@ -40,14 +40,14 @@ def head_note(base: str, backbone: Any, learning: Collection[str]) -> str:
             "the loss of a random head, not of the base; the gain over it says little")  # fmt: skip
 
 
-def build(job: Job) -> Built:
-    """The stage, and its loss and perplexity over masked tokens of held-out text."""
+def masking(job: Job) -> Callable[..., Batch]:
+    """`(samples, step=...) -> Batch` with holes; `ModelError` when the tokenizer has no mask token."""
     tokenizer = job.tokenizer
     if tokenizer.mask_token_id is None:
         raise ModelError(
-            f"{job.recipe.base}: its tokenizer has no mask token, which stage mlm needs; take a BERT-like base"
+            f"{job.recipe.base}: its tokenizer has no mask token, which masked words need; take a BERT-like base"
         )
-    mask = partial(
+    return partial(
         collate_mlm,
         mask_id=tokenizer.mask_token_id,
         vocab_size=len(tokenizer),
@@ -55,17 +55,24 @@ def build(job: Job) -> Built:
         rate=job.recipe.data.mask_rate,
         seed=job.recipe.seed,
     )
+
+
+def fixed_holes(job: Job) -> Collate:
+    """Batches for measuring: the holes depend on the row alone."""
+    return partial(masking(job), step=0)
+
+
+def build(job: Job) -> Built:
+    """The stage, and its loss and perplexity over masked tokens of held-out text."""
+    mask = masking(job)
     model = LanguageModel(job.backbone, causal=False, compute=job.compute).to(job.device)
 
-    def fixed_holes(samples: Sequence[Sample]) -> Batch:
-        return mask(samples, step=0)
+    holes = fixed_holes(job)
 
     def measure(store: SampleStore, full: bool) -> Measured:
-        return measure_likelihood(job, model, store, fixed_holes, with_bytes=False)
+        return measure_likelihood(job, model, store, holes, with_bytes=False)
 
     def holes_at(samples: Sequence[Sample], step: int) -> Batch:
         return mask(samples, step=step)
 
-    held_out = job.inputs.eval
-    evaluate = None if held_out is None else lambda step: quick_metrics(measure(held_out, False))
-    return Built(Stage("mlm", model, Likelihood(), make_source(job, holes_at), evaluate), measure)
+    return Built(Stage("mlm", model, Likelihood(), make_source(job, holes_at)), measure)

@@ -24,7 +24,6 @@ from tunesmith.rollout.sampler import Sampler, stream_seed
 from tunesmith.rollout.schedule import Schedule, steps_for
 from tunesmith.rollout.source import Method, Mix, OnlineSource, rollout_sample
 from tunesmith.stages.job import Built, Job, Measured
-from tunesmith.stages.likelihood import quick_metrics
 from tunesmith.stages.rewarding import build_reward
 
 MEASURING = -2
@@ -72,9 +71,7 @@ def build_online(
     def measure(store: Any, full: bool) -> Measured:
         return measure_prompts(collector, actor, store, seed=recipe.seed, max_tokens=job.eval_tokens, full=full)
 
-    held_out = job.inputs.eval
-    evaluate = None if held_out is None else lambda step: quick_metrics(measure(held_out, False))
-    stage = Stage(recipe.stage, model, objective, source, evaluate, source.metrics)
+    stage = Stage(recipe.stage, model, objective, source, describe=source.metrics)
     return Built(stage, measure, plain=LanguageModel(job.backbone, compute=job.compute))
 
 

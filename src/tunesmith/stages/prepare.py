@@ -30,6 +30,7 @@ from tunesmith.recipe import Recipe
 from tunesmith.stages import beforehand, classify, dpo, grpo, mlm, ppo, pretrain, reward, sft
 from tunesmith.stages.job import Inputs, Job, trainable_spec
 from tunesmith.stages.load import NOTHING
+from tunesmith.stages.probes import Reader
 
 STAGES: dict[str, ModuleType] = {
     "pretrain": pretrain, "mlm": mlm, "sft": sft, "classify": classify, "reward": reward, "dpo": dpo, "ppo": ppo,
@@ -148,6 +149,7 @@ def make_inputs(
         raise beforehand.joined(error, noticed, recipe) from None
     called = short_names([name for s in (sets.train, sets.eval, sets.test) if s is not None for name in s.files])
     train, held_out, test = (store and store.renamed(called) for store in stores.values())
+    read = Reader(recipe, folder, tokenizer, labels, context_tokens, say)
     notes = (
         *(shortened(finding, called) for finding in findings),
         *(f"{name}: {text}" for name, s in stores.items() if s is not None for text in tally(s)),
@@ -157,6 +159,8 @@ def make_inputs(
         held_out,
         test if recipe.evaluate.test else None,
         probe(recipe, folder, tokenizer, context_tokens),
+        read.probes(),
+        read.replay(),
         labels,
         notes,
         tuple({**row, "origin": place(row["origin"], called)} for row in bad_rows(sets)),
@@ -281,9 +285,14 @@ def probe(recipe: Recipe, folder: Path, tokenizer: Any, context_tokens: int | No
     if recipe.evaluate.probe is not None:
         records: Records = read_records(locate(recipe.evaluate.probe, folder), stage="pretrain")
     else:
-        records = _BuiltInProbe()
+        records = built_in_probe()
     longest = min(context_tokens or 512, 512)
     return build_store(records, Encoder(tokenizer, "pretrain", longest, "split"), cache_folder())
+
+
+def built_in_probe() -> Records:
+    """The text on which forgetting is measured when the recipe names none."""
+    return _BuiltInProbe()
 
 
 class _BuiltInProbe:

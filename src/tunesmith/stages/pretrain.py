@@ -11,7 +11,7 @@ from tunesmith.engine.contracts import Stage
 from tunesmith.model.language import LanguageModel
 from tunesmith.objectives.likelihood import Likelihood
 from tunesmith.stages.job import Built, Job, Measured, make_source
-from tunesmith.stages.likelihood import measure_likelihood, quick_metrics
+from tunesmith.stages.likelihood import measure_likelihood
 
 KIND = "causal"
 
@@ -23,6 +23,4 @@ def build(job: Job) -> Built:
     def measure(store: SampleStore, full: bool) -> Measured:
         return measure_likelihood(job, model, store, collate)
 
-    held_out = job.inputs.eval
-    evaluate = None if held_out is None else lambda step: quick_metrics(measure(held_out, False))
-    return Built(Stage("pretrain", model, Likelihood(), make_source(job), evaluate), measure)
+    return Built(Stage("pretrain", model, Likelihood(), make_source(job)), measure)

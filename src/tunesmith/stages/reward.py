@@ -25,7 +25,6 @@ from tunesmith.model.score import ScoreModel
 from tunesmith.objectives.reward import BradleyTerry
 from tunesmith.recipe_sections import RewardModelSpec
 from tunesmith.stages.job import Built, Job, Measured, make_source
-from tunesmith.stages.likelihood import quick_metrics
 from tunesmith.stages.preference import measure_preferences
 
 KIND = "classifier"
@@ -41,9 +40,7 @@ def build(job: Job) -> Built:
     def measure(store: SampleStore, full: bool) -> Measured:
         return measure_preferences(job, model, objective, store, full=full)[0]
 
-    held_out = job.inputs.eval
-    evaluate = None if held_out is None else lambda step: quick_metrics(measure(held_out, False))
-    stage = Stage("reward", model, objective, make_source(job), evaluate)
+    stage = Stage("reward", model, objective, make_source(job))
     return Built(stage, measure, finish=partial(calibrate, job, model) if spec.calibrate else None)
 
 

@@ -26,7 +26,7 @@ from tunesmith.plan.hardware import environment, peak_memory_bytes
 from tunesmith.plan.page import page_lines
 from tunesmith.recipe import Recipe, Resolved, load_resolved
 from tunesmith.rundir import RunDir
-from tunesmith.stages import baselining, finals, measuring
+from tunesmith.stages import baselining, finals, forgetting, measuring, row_losses
 from tunesmith.stages.job import Built, Job, fit_spec, identity, warmup_note
 from tunesmith.stages.measuring import Moment
 from tunesmith.stages.prepare import STAGES, prepare
@@ -89,7 +89,7 @@ def _build(job: Job, say: Say) -> Built:
     layout, why = str(model.layout.value), str(model.why)  # type: ignore[union-attr]
     if why:
         say(f"{job.recipe.base} runs {layout}, which is slower than packed: {why}")
-    return built
+    return forgetting.guarded(row_losses.watched(built, job), job)
 
 
 def _train(
@@ -109,7 +109,8 @@ def _train(
     )
     measuring.measure_before(run, built, job, say)
     baselining.measure_baselines(run, built, job, say)
-    files = _files(run)
+    files = _files(run, built)
+    forgetting.measure_start(run, built, job)
     resumed = again and resume(state, files, say=say)
     if resumed:
         say(f"going on from step {state.step} of {stage.source.num_steps}")
@@ -122,10 +123,12 @@ def _train(
     after = measuring.measure(built, job, say, "after")
     before = measuring.before_of(run, after)
     finals.save(run, state)
-    measuring.keep_after(run, after)
+    measuring.keep_after(run, job, after)
+    row_losses.keep_final(run, built, job, progress.best_step or state.step)
     result = _result(run, job, base, progress, before, after) | dict(finished)
     result["tensors"] = _changed(job, at_start, say)
     for part, beside in baselining.beside(run, job, after).items():
+    result |= forgetting.outcome(run, built, job, spec, progress)
         (result[part] if part else result).update(beside)
     result["seconds"] = round(time.perf_counter() - started, 3)
     return _publish(run, job, result, before, after, say)
@@ -135,20 +138,20 @@ def _fit(built: Built, state: TrainState, spec: FitSpec, files: Files, say: Say,
     try:
         return fit(built.stage, state, spec, files, say=say, show=show, resumed=resumed)
     finally:
-        for log in (files.metrics, files.evaluations, files.timings):
+        for log in files.logs.values():
             log.close()
 
 
-def _files(run: RunDir) -> Files:
+def _files(run: RunDir, built: Built) -> Files:
     return Files(
         MetricsLog(run.file("metrics")), MetricsLog(run.file("evaluations")), MetricsLog(run.file("timings")),
-        run.file("checkpoints"),
+        run.file("checkpoints"), built.logs,
     )  # fmt: skip
 
 
 def _start_clean(files: Files) -> None:
     """Lines of a start that was cut off before its first checkpoint."""
-    for log in (files.metrics, files.evaluations, files.timings):
+    for log in files.logs.values():
         log.cut(0)
 
 
@@ -233,6 +236,8 @@ def _publish(run: RunDir, job: Job, result: dict[str, Any], before: Moment, afte
     say(result["verdict"])
     say(f"report: {run.file('report')}")
     return result
+    if "forget" in result:
+        say(result["forget"]["verdict"])
 
 
 def write_pages(run: RunDir) -> None:

@@ -11,7 +11,7 @@ from tunesmith.engine.contracts import Stage
 from tunesmith.model.language import LanguageModel
 from tunesmith.objectives.likelihood import Likelihood
 from tunesmith.stages.job import Built, Job, Measured, make_source
-from tunesmith.stages.likelihood import complete, measure_likelihood, quick_metrics, with_completions, with_reward
+from tunesmith.stages.likelihood import complete, measure_likelihood, with_completions, with_reward
 from tunesmith.stages.scored import reward_of_completions
 
 KIND = "causal"
@@ -29,5 +29,4 @@ def build(job: Job) -> Built:
         generation = complete(job, model, store) if full else None
         return with_completions(measured, generation, scored=scored, seed=job.recipe.seed)
 
-    evaluate = None if held_out is None else lambda step: quick_metrics(measure(held_out, False))
-    return Built(Stage("sft", model, Likelihood(), make_source(job), evaluate), measure)
+    return Built(Stage("sft", model, Likelihood(), make_source(job)), measure)
