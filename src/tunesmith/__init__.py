@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         ModelError,
         NonFiniteError,
         RecipeError,
+        RewardError,
         RunError,
         TunesmithError,
     )
@@ -52,8 +53,8 @@ _WHERE = {
         "resume", "runs_diff", "runs_list", "runs_show", "sample", "selftest", "train", "winrate",
     ),
     "errors": (
-        "DataError", "DiskError", "Interrupted", "ModelError", "NonFiniteError", "RecipeError", "RunError",
-        "TunesmithError",
+        "DataError", "DiskError", "Interrupted", "ModelError", "NonFiniteError", "RecipeError", "RewardError",
+        "RunError", "TunesmithError",
     ),
     "recipe": ("load_recipe",),
 }  # fmt: skip
@@ -66,6 +67,7 @@ __all__ = [
     "ModelError",
     "NonFiniteError",
     "RecipeError",
+    "RewardError",
     "RunError",
     "TunesmithError",
     "__version__",
