@@ -9,6 +9,7 @@ from typing import Any
 from tunesmith.evaluate import plots
 from tunesmith.evaluate.compare import NO_CHANGE, describe, number
 from tunesmith.evaluate.report_baselines import baselines_section
+from tunesmith.evaluate.report_forget import forget_section
 from tunesmith.evaluate.report_html import (
     Markup,
     amount,
@@ -67,6 +68,7 @@ def render(run: RunFiles) -> str:
             preference_section(run.result),
             _curve(run),
             _samples(run),
+            forget_section(run),
             _before_after(run, "probe", "Forgetting probe: text outside the task"),
             _checks(run),
             _trained(run),
@@ -103,6 +105,7 @@ def _verdict(run: RunFiles) -> Markup:
     lines += [f"Also better: {', '.join(better)}."] if better else []
     forgot = [d for d in run.differences("probe").values() if d.verdict == "worse"]
     lines += [str(run.result["worth"])] if run.result.get("worth") else []
+    lines += [str(kept)] if (kept := dig(run.result, "forget.verdict")) else []
     lines += [f"Forgetting: on text outside the task {forgot[0].text.split(': ', 1)[1]}."] if forgot else []
     return _banner(css, head, *lines)
 
@@ -261,6 +264,8 @@ def _gap(run: RunFiles) -> list[str]:
 def _forgetting(run: RunFiles) -> list[str]:
     found = run.differences("probe")
     if not found:
+        if "forget" in run.result:
+            return []
         return ["Forgetting: not measured. Name general text under evaluate.probe to have it measured."]
     return [f"Forgetting: {d.text}." for d in found.values() if d.metric in ("bits_per_byte", "loss", "accuracy")][:1]
 

@@ -53,9 +53,7 @@ class Preference:
         """The sum over prompts, and means over pairs: `accuracy` (the better completion has the higher implicit
         reward; a tie is half right), `margin` between the two rewards, rewards and log-probs of both sides."""
         found = self.compare(outputs, batch)
-        return Loss(
-            weighted(found.costs, found.pairs.share), self._metrics(found, outputs, batch), found.rows(batch)
-        )
+        return Loss(weighted(found.costs, found.pairs.share), self._metrics(found, outputs, batch), found.rows(batch))
 
     def compare(self, outputs: Outputs, batch: Batch) -> Compared:
         """The implicit reward of every completion and the loss of every pair."""

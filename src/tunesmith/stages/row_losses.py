@@ -36,14 +36,13 @@ def watched(built: Built, job: Job) -> Built:
             logs["train_rows"].append({"step": step, "rows": by_file(rows)})
 
     def evaluate(step: int) -> Mapping[str, float]:
+        assert held_out is not None
         measured = built.measure(held_out, False)
         if logs and (rows := _of_store(held_out, measured)):
             logs["eval_rows"].append({"step": step, "rows": by_file(rows)})
         return quick_metrics(measured)
 
-    stage = replace(
-        built.stage, evaluate=None if held_out is None else evaluate, keep_rows=keep if logs else None
-    )
+    stage = replace(built.stage, evaluate=None if held_out is None else evaluate, keep_rows=keep if logs else None)
     return replace(built, stage=stage, logs=logs)
 
 
