@@ -9,6 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.ops_attention import block_attention
+
+BLOCK_TOKENS = 256
+"""Longest segment whose backward is made of whole tiles; torch's own kernel wins beyond (docs/log.md)."""
 CHUNK_LOGITS = 1 << 23
 """Logits that exist at one time: 8 million, 32 MB in fp32."""
 
@@ -81,11 +85,25 @@ def packed_attention(
     `lengths` are the segments' tokens in reading order; equal neighbours are computed together.
     """
     sizes = list(lengths)
+    if _in_blocks(query, sizes, causal, window, options):
+        scaling = options.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        return block_attention(query, key, value, sizes, causal=causal, scaling=scaling)
     parts = []
     for q, k, v in zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True):
         mask = window_mask(q.shape[2], k.shape[2], causal=causal, window=window, device=q.device)
         parts.append(attend(q, k, v, mask=mask, causal=causal, **options))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _in_blocks(query: Tensor, sizes: list[int], causal: bool, window: int | None, options: dict[str, Any]) -> bool:
+    """True where blocks of segments are the faster way: training on a CPU, on short segments, without extras."""
+    extras = options.get("dropout") or options.get("softcap") is not None
+    seen = window is None or window >= max(sizes)
+    return (
+        query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad
+        and max(sizes) <= BLOCK_TOKENS and seen and not extras
+    )  # fmt: skip
 
 
 class _ChunkedLogprobs(torch.autograd.Function):

@@ -74,10 +74,10 @@ class _LoraFunction(torch.autograd.Function):
         dropped = low if seed is None else low * _mask(low, rate, seed)
         inner = dropped @ a.to(dtype).t()
         out = layer.frozen_forward(low)
-        update = inner @ b.to(dtype).t()
+        _rows(out).addmm_(_rows(inner), b.to(dtype).t(), alpha=layer.scaling)
         ctx.save_for_backward(low, inner, a, b)
         ctx.layer, ctx.rate, ctx.seed, ctx.input_dtype = layer, rate, seed, x.dtype
-        return out.add_(update, alpha=layer.scaling)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -89,14 +89,17 @@ class _LoraFunction(torch.autograd.Function):
         grad_x = grad_a = grad_b = None
         with torch.autocast(x.device.type, enabled=False):
             if needs_b:
-                grad_b = (_rows(grad).t() @ _rows(inner)).mul_(layer.scaling).to(b.dtype)
+                grad_b = (_rows(inner).t() @ _rows(grad)).t().to(b.dtype).mul_(layer.scaling)
             through = (grad @ b.to(x.dtype)).mul_(layer.scaling) if needs_a or needs_x else None
             mask = None if ctx.seed is None else _mask(x, ctx.rate, ctx.seed)
             if needs_a and through is not None:
                 grad_a = (_rows(through).t() @ _rows(x if mask is None else x * mask)).to(a.dtype)
             if needs_x and through is not None:
-                update = through @ a.to(x.dtype)
-                grad_x = layer.frozen_backward(grad).add_(update if mask is None else update.mul_(mask))
+                grad_x = layer.frozen_backward(grad)
+                if mask is None:
+                    _rows(grad_x).addmm_(_rows(through), a.to(x.dtype))
+                else:
+                    grad_x.add_((through @ a.to(x.dtype)).mul_(mask))
                 grad_x = grad_x.to(ctx.input_dtype)
         return grad_x, grad_a, grad_b, None, None
 

@@ -45,13 +45,28 @@ def position_offset(backbone: Any) -> int:
 def flat_hidden(backbone: Any, batch: Batch, *, causal: bool, offset: int) -> Tensor:
     """Last hidden states of a flat row, `[T, D]`, each segment blind to the others."""
     extra = {"use_cache": False} if causal else {}
-    out = backbone.base_model(
-        input_ids=batch.input_ids,
-        position_ids=batch.positions + offset,
-        segment_lengths=tuple(batch.lengths),
-        **extra,
-    )
-    return out[0][0]
+    ids, positions, lengths = _rounded(batch) if batch.input_ids.device.type == "cpu" else _as_it_is(batch)
+    out = backbone.base_model(input_ids=ids, position_ids=positions + offset, segment_lengths=lengths, **extra)
+    return out[0][0, : batch.input_ids.shape[1]]
+
+
+def _as_it_is(batch: Batch) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    return batch.input_ids, batch.positions, tuple(batch.lengths)
+
+
+def _rounded(batch: Batch) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Ids, positions and lengths with one more segment, of token 0, that brings the row to a round size.
+
+    A CPU's matrix products are compiled for each new number of rows (docs/log.md); at most 1 in 16 is added.
+    """
+    tokens = batch.input_ids.shape[1]
+    step = max(8, 1 << max(0, (tokens // 16).bit_length() - 1))
+    more = -tokens % step
+    if not more:
+        return _as_it_is(batch)
+    ids = nn.functional.pad(batch.input_ids, (0, more))
+    positions = torch.cat([batch.positions, torch.arange(more)[None]], 1)
+    return ids, positions, (*batch.lengths, more)
 
 
 def own_logits(backbone: Any, batch: Batch, layout: Layout) -> Tensor:

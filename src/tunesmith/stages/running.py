@@ -22,6 +22,7 @@ from tunesmith.evaluate.compare import compare, overall
 from tunesmith.evaluate.generate import side_by_side
 from tunesmith.evaluate.report import write_report
 from tunesmith.model.hashing import content_sums
+from tunesmith.model.lean import make_lean
 from tunesmith.plan.hardware import environment, peak_memory_bytes
 from tunesmith.plan.page import page_lines
 from tunesmith.recipe import Recipe, Resolved, load_resolved
@@ -84,6 +85,7 @@ def _use_threads(recipe: Recipe) -> None:
 
 
 def _build(job: Job, say: Say) -> Built:
+    make_lean(job.backbone, job.compute)
     built: Built = STAGES[job.recipe.stage].build(job)
     model = built.stage.model
     layout, why = str(model.layout.value), str(model.why)  # type: ignore[union-attr]
@@ -108,9 +110,9 @@ def _train(
         identity=identity(job, str(base["hash"])),
     )
     measuring.measure_before(run, built, job, say)
+    forgetting.measure_start(run, built, job)
     baselining.measure_baselines(run, built, job, say)
     files = _files(run, built)
-    forgetting.measure_start(run, built, job)
     resumed = again and resume(state, files, say=say)
     if resumed:
         say(f"going on from step {state.step} of {stage.source.num_steps}")
@@ -126,9 +128,9 @@ def _train(
     measuring.keep_after(run, job, after)
     row_losses.keep_final(run, built, job, progress.best_step or state.step)
     result = _result(run, job, base, progress, before, after) | dict(finished)
+    result |= forgetting.outcome(run, built, job, spec, progress)
     result["tensors"] = _changed(job, at_start, say)
     for part, beside in baselining.beside(run, job, after).items():
-    result |= forgetting.outcome(run, built, job, spec, progress)
         (result[part] if part else result).update(beside)
     result["seconds"] = round(time.perf_counter() - started, 3)
     return _publish(run, job, result, before, after, say)
@@ -234,10 +236,10 @@ def _publish(run: RunDir, job: Job, result: dict[str, Any], before: Moment, afte
     run.write_json("result", result)
     write_pages(run)
     say(result["verdict"])
-    say(f"report: {run.file('report')}")
-    return result
     if "forget" in result:
         say(result["forget"]["verdict"])
+    say(f"report: {run.file('report')}")
+    return result
 
 
 def write_pages(run: RunDir) -> None:
