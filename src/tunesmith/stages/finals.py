@@ -73,10 +73,15 @@ def _newest(run: RunDir) -> Path:
     return found[-1]
 
 
-def open_tuned(run: RunDir, *, device: str = "cpu", precision: str = "float32") -> Tuned:
-    """The run's model with its trained weights; `RunError` when unfinished, damaged, or of a changed base."""
+def open_tuned(run: RunDir, *, device: str = "cpu", precision: str = "float32", quantized: bool = True) -> Tuned:
+    """The run's model with its trained weights; `RunError` when unfinished, damaged, or of a changed base.
+
+    `quantized` False puts them beside the base's own weights, where the run had these in fewer bits.
+    """
     folder = _newest(run)
     recipe, inputs = load_resolved(run.file("recipe")), run.read_json("inputs")
+    if not quantized:
+        recipe = recipe.model_copy(update={"tune": recipe.tune.model_copy(update={"quantize": None})})
     origin = Path(inputs["recipe_folder"])
     base, labels = base_path(recipe.base, origin), tuple(inputs["labels"])
     _refuse_changed_base(run, inputs["base"], base, recipe.trust_remote_code)

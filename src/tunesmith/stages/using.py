@@ -8,14 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tunesmith.data.encode import prompt_ids
 from tunesmith.data.records import read_records
 from tunesmith.data.templates import get_template
 from tunesmith.errors import DataError, ModelError, RecipeError, RunError
 from tunesmith.export.merge import export_run
 from tunesmith.export.publish import push, write_readme
-from tunesmith.export.verify import probe_ids
+from tunesmith.export.verify import agree, logits_of, probe_ids
 from tunesmith.model.load import base_record, load_config, load_tokenizer
+from tunesmith.model.quantize import quantized_as
 from tunesmith.model.score import ScoreModel
 from tunesmith.model.trainable import Trainable
 from tunesmith.plan.hardware import choose_device, choose_precision
@@ -42,8 +45,20 @@ def evaluate(target: str | Path, data: str, *, stage: str | None, say: Say) -> d
     """`{model, stage, data, metrics, ...}` of a run or of any model folder or hub id."""
     run = find_run(target)
     model = _of_run(run, data) if run is not None else _of_base(str(target), data, stage)
-    sets = read_sets(model.recipe, Path.cwd())
-    labels = model.labels or (_own_labels(model.base, sets) if model.recipe.stage == "classify" else ())
+    records = read_sets(model.recipe, Path.cwd()).train
+    measured, _ = _measured(model, run, records, say)
+    return _evaluation(str(target), data, model.recipe, measured)
+
+
+def measure_records(run: RunDir, records: Any) -> tuple[Measured, list[str]]:
+    """A run on any records of its stage, and where each row that was measured stands."""
+    return _measured(_of_run(run, None), run, records, lambda _: None)
+
+
+def _measured(model: _Model, run: RunDir | None, records: Any, say: Say) -> tuple[Measured, list[str]]:
+    labels = model.labels
+    if not labels and model.recipe.stage == "classify":
+        labels = _own_labels(model.base, Sets(records, None, None))
     backbone = model.backbone if model.backbone is not None else load_model(model.recipe, model.base, labels)
     if run is None and model.recipe.stage == "mlm":
         mlm.head_note(model.base, backbone, ())
@@ -58,7 +73,8 @@ def evaluate(target: str | Path, data: str, *, stage: str | None, say: Say) -> d
         model.device, model.precision, base=model.base, folder=_folder_of(run), say=say,
         start=None if run is None else partial(finals.untrained, run),
     )  # fmt: skip
-    return _evaluation(str(target), data, model.recipe, STAGES[model.recipe.stage].build(job).measure(store, True))
+    measured = STAGES[model.recipe.stage].build(job).measure(store, True)
+    return measured, [store.origin(i) for i in range(len(store))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,10 +258,23 @@ def export(run: RunDir, to: Path, format: str, *, push_to: str | None, say: Say)
     agreement = (
         None if done.agreement is None else {"error": done.agreement.error, "tolerance": done.agreement.tolerance}
     )
-    return {
+    result = {
         "run": run.name,
         "format": format,
         "folder": str(done.folder),
         "bytes": done.num_bytes,
         "agreement": agreement,
     }
+    return result | _on_plain_base(run, tuned, probes, say)
+
+
+def _on_plain_base(run: RunDir, tuned: Tuned, probes: Sequence[Sequence[int]], say: Say) -> dict[str, Any]:
+    """How far the adapter of a quantised run is from what was trained where it stands on the base's own weights."""
+    kind = quantized_as(tuned.backbone)
+    if kind is None:
+        return {}
+    plain = open_tuned(run, quantized=False)
+    apart = agree(logits_of(tuned.backbone, probes), logits_of(plain.backbone, probes), torch.float32)
+    say(f"trained beside the base in {kind}; on the base's own weights the adapter's logits differ by "
+        f"{apart.error:.1e} of the largest, {apart.kl:.1e} nats a token. A merged export is what was trained")  # fmt: skip
+    return {"on_plain_base": {"trained_beside": kind, "error": apart.error, "kl": apart.kl}}
