@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.recipe import Resolved, load_recipe
+from tunesmith.rundir import write_whole
 
 if TYPE_CHECKING:
     from tunesmith.stages.selftest import Check
@@ -68,24 +69,35 @@ def compare(
     bases: Sequence[str] = (),
     grid: Sequence[str] = (),
     seeds: int = 1,
+    untuned: Sequence[str] = (),
     budget: str | None = None,
     to: str | None = None,
     say: Say = _silent,
 ) -> dict[str, Any]:
-    """Train a recipe in several ways and set them side by side: `{rows, best, recommendation, left_out, test}`.
+    """Train a recipe in several ways and set them side by side: `{rows, best, recommendation, left_out, test, page}`.
 
     `tune` holds methods (`full`, `last_layers=1`, `lora:rank=4`), `bases` models, `grid` `key.path=value,value`; every
     combination is a run under runs/`to`, judged on the held-out rows. `budget` (`10m`) bounds the time of all runs. The
-    same call again goes on where it stopped. The test rows are measured once, with the winner.
+    same call again goes on where it stopped. The test rows are measured once, with the winner. `untuned` are models
+    that are only asked, by a prompt with and without examples, and set against the winner (`found["untuned"]`).
     """
+    from tunesmith.evaluate.compare_page import render_comparison
     from tunesmith.stages import comparing
+    from tunesmith.stages.untuned import measure_untuned
 
     trials = comparing.trials_of(str(recipe), overrides, tune=tune, bases=bases, grid=grid, seeds=seeds)
     folder = Path("runs") / (to or f"compare-{Path(recipe).stem}")
     limit = None if budget is None else comparing.seconds_of(budget)
-    found = comparing.compare(trials, folder, budget_seconds=limit, say=say, measure_test=comparing.measure_test)
-    (folder / "comparison.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return found
+    files = {base: folder / f"untuned-{comparing.file_name(base)}.json" for base in untuned}
+    found = comparing.compare(trials, folder, budget_seconds=limit, say=say)
+    asked = [measure_untuned(str(recipe), overrides, base, file, say) for base, file in files.items()]
+    test = comparing.on_test(found, trials, folder)
+    found["test"] = test and {name: test[name] for name in ("best", "metrics", "looks")}
+    if asked:
+        found["untuned"] = comparing.beside_untuned(found, asked, test, folder)
+    write_whole(folder / "comparison.json", json.dumps(found, indent=1) + "\n")
+    write_whole(folder / "comparison.html", render_comparison(found, folder.name))
+    return found | {"page": str(folder / "comparison.html")}
 
 
 def _as_json(check: Check) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tunesmith.cli_output import duration, table
+from tunesmith.cli_output import cell_text, duration, table
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of a table.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Values over the recipe's.")]
@@ -47,7 +47,10 @@ def _add_compare(app: typer.Typer, give: Give, say: Say) -> None:
         tune: Annotated[str | None, typer.Option("--tune", help="full,last_layers=1,head,lora:rank=4,...")] = None,
         base: Annotated[str | None, typer.Option("--base", help="Models, separated by commas.")] = None,
         grid: Annotated[list[str] | None, typer.Option("--grid", help="key=value,value; may be repeated.")] = None,
-        seeds: Annotated[int, typer.Option("--seeds", min=1)] = 1,
+        seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each way, with seeds one apart.")] = 1,
+        untuned: Annotated[
+            str | None, typer.Option("--untuned", help="Models that are only asked, zero-shot and few-shot; commas.")
+        ] = None,
         budget: Annotated[str | None, typer.Option("--budget", help="Time for all runs: 90s, 10m, 2h.")] = None,
         to: Annotated[str | None, typer.Option("--to", help="Name of the comparison under ./runs.")] = None,
         as_json: AsJson = False,
@@ -57,7 +60,7 @@ def _add_compare(app: typer.Typer, give: Give, say: Say) -> None:
 
         found = api.compare(
             recipe, overrides or (), tune=_listed(tune), bases=_listed(base), grid=grid or (), seeds=seeds,
-            budget=budget, to=to, say=say,
+            untuned=_listed(untuned), budget=budget, to=to, say=say,
         )  # fmt: skip
         give(found, as_json, _compare_lines)
 
@@ -89,26 +92,49 @@ def _selftest_lines(result: Mapping[str, Any]) -> list[str]:
 
 
 def _listed(text: str | None) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()] if text else []
+    """Parts between commas; a comma inside brackets belongs to its part."""
+    from tunesmith.stages.comparing import split_list
+
+    return split_list(text) if text else []
 
 
 def _compare_lines(found: Mapping[str, Any]) -> list[str]:
-    head = ["", found["metric"], "95 %", "before", "forgets", "trained", "seconds", "peak MB", "file MB", "seeds"]
+    head = ["", found["metric"], "95 %", "best minus it", "sure", "before", "forgets", "trained", "seconds", "peak MB",
+            "file MB", "seeds"]  # fmt: skip
     rows = [head]
     for row in found["rows"]:
         forgets = "-" if row["forgetting"] is None else f"{row['forgetting']:+.3f}"
+        behind = f"{row['behind']['value']:+.4f}" if "behind" in row else "-"
         rows.append([
-            row["name"], f"{row['value']:.4f}", f"[{row['low']:.4f}, {row['high']:.4f}]", f"{row['before']:.4f}",
+            row["name"], f"{row['value']:.4f}", f"[{row['low']:.4f}, {row['high']:.4f}]", behind,
+            f"{100 * row['sure']:.1f} %" if "sure" in row else "-", f"{row['before']:.4f}",
             forgets, f"{row['trainable_parameters']:,}", f"{row['seconds']:.0f}",
             f"{row['peak_memory_bytes'] / 1e6:,.0f}", f"{row['file_bytes'] / 1e6:.2f}", str(row["seeds"]),
         ])  # fmt: skip
     lines = [*table(rows), "", found["recommendation"]]
     if found["left_out"]:
         lines.append(f"left out, the budget was spent: {', '.join(found['left_out'])}")
+    lines += [f"failed: {entry['name']}, seed {entry['seed']}: {entry['why']}" for entry in found["failed"]]
     if found.get("test"):
-        test = found["test"][found["metric"]]
-        lines.append(f"test rows, measured once, with {found['best']}: {test['value']:.4f}")
-    return lines
+        test = found["test"]["metrics"][found["metric"]]
+        looks = (
+            "measured once" if found["test"]["looks"] == 1 else f"measured with {found['test']['looks']} winners so far"
+        )
+        lines.append(f"test rows, {looks}, with {found['best']}: {cell_text(test)}")
+    return [*lines, *_untuned_lines(found), f"page: {found['page']}"]
+
+
+def _untuned_lines(found: Mapping[str, Any]) -> list[str]:
+    """Models that were only asked, beside the winner."""
+    untuned = found.get("untuned")
+    if not untuned:
+        return []
+    rows = [[f"on the {untuned['part'].replace('_', '-')} rows", "parameters", found["metric"], "tuned minus it"]]
+    tuned = untuned["tuned"]
+    rows.append([f"{tuned['name']}, tuned", f"{tuned['parameters']:,}", f"{tuned['value']:.4f}", "-"])
+    for row in untuned["rows"]:
+        rows.append([row["name"], f"{row['parameters']:,}", cell_text(row), cell_text(row["difference"])])
+    return ["", *table(rows), *([untuned["claim"]] if untuned["claim"] else [])]
 
 
 def _plan_lines(found: Mapping[str, Any]) -> list[str]:

@@ -55,6 +55,25 @@ def change(before: dict[str, Any], after: dict[str, Any], names: Sequence[str]) 
     return _svg(figure)
 
 
+def ways(rows: Sequence[dict[str, Any]], metric: str) -> bytes | None:
+    """Every way to tune with its interval, the best on top."""
+    usable = [row for row in rows if all(_number(row.get(name)) for name in ("value", "low", "high"))]
+    if not usable:
+        return None
+    figure = Figure(figsize=(9, 1 + 0.32 * len(usable)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for y, row in enumerate(reversed(usable)):
+        colour = BLUE if y == len(usable) - 1 else GREY
+        axes.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=3, solid_capstyle="butt")
+        axes.plot([row["value"]], [y], "o", color=colour, markersize=7)
+    axes.set_yticks(range(len(usable)), [str(row["name"]) for row in reversed(usable)], parse_math=False)
+    _dress(axes, f"{metric}, held out")
+    axes.grid(axis="y", alpha=0)
+    axes.grid(axis="x", alpha=0.25)
+    return _svg(figure)
+
+
 def reliability(bins: Sequence[dict[str, Any]]) -> bytes | None:
     """Share of pairs in the right order over how sure the model was; on the line it is as sure as it should be."""
     usable = [b for b in bins if all(_number(b.get(name)) for name in ("predicted", "observed", "low", "high"))]
@@ -92,29 +111,6 @@ def held_out(
         metrics = line.get("metrics")
         entry = metrics.get(metric) if isinstance(metrics, dict) else None
         entry = entry if isinstance(entry, dict) else {"value": entry}
-def trade_off(lines: Sequence[tuple[float, float, float]], kept: float, limit: float, metric: str) -> bytes | None:
-    """`metric` over forgetting in percent, a point an evaluation, joined in order; limit and kept one stand out.
-
-    `lines` are (step, forgetting as a share, metric). None when there is nothing to draw.
-    """
-    usable = [line for line in lines if all(math.isfinite(value) for value in line)]
-    if not usable:
-        return None
-    figure = Figure(figsize=(5.4, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.plot([100 * x for _, x, _ in usable], [y for _, _, y in usable], "o-", color=GREY, linewidth=1, markersize=4)
-    axes.axvline(100 * limit, color=ORANGE, linestyle="--", linewidth=1, label="limit")
-    chosen = [line for line in usable if line[0] == kept]
-    axes.plot([100 * x for _, x, _ in chosen], [y for _, _, y in chosen], "o", color=BLUE, markersize=8, label="kept")
-    for step, x, y in (usable[0], usable[-1]):
-        axes.annotate(f"step {step:g}", (100 * x, y), textcoords="offset points", xytext=(4, 5), fontsize=8)
-    axes.legend(frameon=False)
-    axes.set_xlabel("forgetting, %")
-    _dress(axes, f"{metric}, held out")
-    return _svg(figure)
-
-
         step, value = line.get("step"), entry.get("value")
         if _number(step) and _number(value):
             low, high = (float(v) if _number(v) else None for v in (entry.get("low"), entry.get("high")))

@@ -78,13 +78,18 @@ def measure_baselines(run: RunDir, built: Built, job: Job, say: Callable[[str], 
     key = sha256(json.dumps([measurement_key(job), job.inputs.train.fingerprint, names]).encode()).hexdigest()[:32]
     if not names or (run.file("baselines").is_file() and run.read_json("baselines").get("key") == key):
         return
-    found = [*_classify(built, job, names)] if job.recipe.stage == "classify" else [*_sft(built, job, names)]
+    found = measured(built, job, names)
     rows = [{"name": b.name, "title": b.title, "prompt_tokens": b.prompt_tokens, "seconds": round(b.seconds, 3),
              "tuned_prompt_tokens": _own_prompt_tokens(job),
              "measured": {part: as_json(m) for part, m in b.measured.items()}} for b in found]  # fmt: skip
     run.write_text("baselines", json.dumps({"key": key, "baselines": rows}) + "\n")
     took = sum(b.seconds for b in found)
     say(f"baselines: {', '.join(names)}, {took:.1f} s")
+
+
+def measured(built: Built, job: Job, names: Sequence[str]) -> list[Baseline]:
+    """Every baseline of `names` on the held-out and test rows."""
+    return _classify(built, job, names) if job.recipe.stage == "classify" else _sft(built, job, names)
 
 
 def beside(run: RunDir, job: Job, after: Moment) -> dict[str, Json]:
@@ -162,8 +167,8 @@ def _classify(built: Built, job: Job, names: Sequence[str]) -> list[Baseline]:
     for name in names:
         started = time.perf_counter()
         predictions, title, tokens = makers[name]()
-        measured = {part: _measured(texts.labels[part], said, job.recipe.seed) for part, said in predictions.items()}
-        found.append(Baseline(name, title, measured, tokens, time.perf_counter() - started))
+        on = {part: _measured(texts.labels[part], said, job.recipe.seed) for part, said in predictions.items()}
+        found.append(Baseline(name, title, on, tokens, time.perf_counter() - started))
     return found
 
 
@@ -304,11 +309,11 @@ def _sft(built: Built, job: Job, names: Sequence[str]) -> list[Baseline]:
     for name in names:
         started = time.perf_counter()
         if name == "nearest_neighbour":
-            title, measured, tokens = "nearest training prompt's answer (TF-IDF)", _nearest_answers(job), None
+            title, on, tokens = "nearest training prompt's answer (TF-IDF)", _nearest_answers(job), None
         else:
             shots = _shots(job) if name == "few_shot" else 0
-            title, measured, tokens = _asked(built, job, shots)
-        found.append(Baseline(name, title, measured, tokens, time.perf_counter() - started))
+            title, on, tokens = _asked(built, job, shots)
+        found.append(Baseline(name, title, on, tokens, time.perf_counter() - started))
     return found
 
 
@@ -324,9 +329,9 @@ def _asked(built: Built, job: Job, shots: int) -> tuple[str, dict[str, Measured]
     found, tokens = {}, 0.0
     for part, store in _parts(job).items():
         prompted = with_examples(list(store), examples, job.tokenizer, room)
-        measured = measure_likelihood(job, model, prompted, collate)
+        likelihood = measure_likelihood(job, model, prompted, collate)
         completed = complete(job, model, prompted) if generate is not None and part == "held_out" else None
-        found[part] = with_completions(measured, completed, scored=True, seed=job.recipe.seed)
+        found[part] = with_completions(likelihood, completed, scored=True, seed=job.recipe.seed)
         tokens = prompt_tokens(prompted.samples)
     title = TITLES["few_shot"] + f" ({shots} examples where they fit)" if shots else TITLES["zero_shot"]
     return title, found, tokens

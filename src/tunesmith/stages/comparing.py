@@ -7,27 +7,28 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
-import statistics
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import RecipeError, RunError
-from tunesmith.evaluate.compare import main_metric
-from tunesmith.evaluate.tasks import LOWER_IS_BETTER
+from tunesmith.engine.signals import StopSignals
+from tunesmith.errors import Interrupted, RecipeError, RunError
+from tunesmith.evaluate.trials import Rows, claim, difference, mean_rows, rank, recommend, rows_of, trial_row
 from tunesmith.recipe import Resolved, load_recipe
-from tunesmith.recipe_rules import DEFAULTS
-from tunesmith.rundir import RunDir
+from tunesmith.recipe_rules import BASELINES, DEFAULTS, default_rate
+from tunesmith.rundir import RunDir, write_whole
+from tunesmith.stages.untuned import measure_test, same_recipe, untuned_rows
 
 Json = dict[str, Any]
 RunTrial = Callable[["Trial", Path], None]
 """Trains one trial into a folder, or goes on with it."""
-SURE = 0.95
 _SHORT = {"last_layers": "layers", "lora": "rank", "4bit": "rank", "8bit": "rank"}
 """What a bare number after a method's name means: last_layers=2, lora=8."""
 _QUANTIZED = ("4bit", "8bit")
@@ -46,7 +47,13 @@ class Trial:
     @property
     def folder(self) -> str:
         """Its run's name below the comparison's folder."""
-        return re.sub(r"[^A-Za-z0-9._=-]+", "-", f"{self.name}-seed{self.seed}").strip("-.")
+        return file_name(f"{self.name}-seed{self.seed}")
+
+
+def file_name(text: str) -> str:
+    """The text as a file's name; a long one keeps its end and the hash of the whole."""
+    name = re.sub(r"[^A-Za-z0-9._=-]+", "-", text).strip("-.")
+    return name if len(name) <= 100 else f"{sha256(text.encode()).hexdigest()[:8]}-{name[-80:].strip('-.')}"
 
 
 def trials_of(
@@ -62,12 +69,19 @@ def trials_of(
     tunings = [tuning(text, start) for text in tune] or [("", ())]
     models = [(f"base={base}", (f"base={base}",)) for base in bases] or [("", ())]
     cells = [_cells(text) for text in grid]
+    quiet = ("evaluate.baselines=false",) if start.recipe.evaluate.baselines is None and _has_baselines(start) else ()
     found, problems = [], []
     for number in range(seeds):
         for parts in itertools.product(tunings, models, *cells):
             name = " ".join(label for label, _ in parts if label) or start.recipe.tune.method
             seed = start.recipe.seed + number
-            changes = (*given, *(text for _, texts in parts for text in texts), f"seed={seed}", "data.test=null")
+            changes = (
+                *given,
+                *(text for _, texts in parts for text in texts),
+                f"seed={seed}",
+                "evaluate.test=false",
+                *quiet,
+            )
             found.append(Trial(name, seed, recipe, changes))
             try:
                 load_recipe(recipe, changes)
@@ -76,6 +90,10 @@ def trials_of(
     if problems:
         raise RecipeError("\n".join(problems))
     return found
+
+
+def _has_baselines(start: Resolved) -> bool:
+    return start.recipe.stage in BASELINES
 
 
 def tuning(text: str, start: Resolved) -> tuple[str, tuple[str, ...]]:
@@ -102,7 +120,9 @@ def tuning(text: str, start: Resolved) -> tuple[str, tuple[str, ...]]:
     if "rank" in given and "alpha" not in given:
         settings.pop("alpha", None)  # twice the rank, as by default
     changes = [f"tune={json.dumps(_typed(settings))}"]
-    return text, tuple(changes if same else [*changes, f"train.learning_rate={DEFAULTS[method]:g}"])
+    return text, tuple(
+        changes if same else [*changes, f"train.learning_rate={default_rate(start.recipe.stage, method):g}"]
+    )
 
 
 def _typed(settings: Mapping[str, Any]) -> Json:
@@ -113,34 +133,72 @@ def _typed(settings: Mapping[str, Any]) -> Json:
 
 def _cells(text: str) -> list[tuple[str, tuple[str, ...]]]:
     key, equals, values = text.partition("=")
-    if not equals or not values:
+    parts = split_list(values)
+    if not equals or not parts:
         raise RecipeError(f"--grid {text}: write key.path=value,value, as in train.learning_rate=1e-4,3e-4")
-    return [(f"{key.rpartition('.')[2]}={value}", (f"{key}={value}",)) for value in values.split(",")]
+    return [(f"{key.rpartition('.')[2]}={value}", (f"{key}={value}",)) for value in parts]
+
+
+def split_list(text: str) -> list[str]:
+    """Parts between commas; a comma inside brackets or braces belongs to its part, as in `[q,v],all-linear`."""
+    parts, depth = [""], 0
+    for char in text:
+        depth += (char in "[{") - (char in "]}")
+        if char == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return [part.strip() for part in parts if part.strip()]
 
 
 def run_as_command(trial: Trial, folder: Path) -> None:
-    """Train in a process of its own, so that its memory is its own."""
+    """Train in a process of its own, so that its memory is its own. It is asked to stop when this process is.
+
+    `TrialFailed` when the trial itself does not work out, `Interrupted` when it was stopped.
+    """
     if (folder / "recipe.yaml").exists():
         arguments = ["--resume", str(folder)]
     else:
         arguments = [trial.recipe, *trial.overrides, "--run", str(folder)]
     command = [sys.executable, "-m", "tunesmith", "train", *arguments, "--json"]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if done.returncode in (130, 143):
-        raise RunError(f"{trial.name} was interrupted; the same command goes on where it stopped")
-    if done.returncode:
-        raise RunError(f"{trial.name} failed: {done.stderr.strip().splitlines()[-1] if done.stderr else 'no message'}")
+    with StopSignals() as stop, tempfile.TemporaryFile("w+") as talk:
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=talk)
+        told = False
+        while (code := _waited(child)) is None:
+            if not told and stop.received not in (None, signal.SIGINT):  # Ctrl-C reaches the trial by itself
+                child.terminate()
+                told = True
+        talk.seek(0)
+        last = (talk.read().strip().splitlines() or ["no message"])[-1]
+    if stop.requested or code in (130, 143):
+        raise Interrupted(
+            f"{trial.name} was interrupted; the same command goes on where it stopped", stop.exit_code or code
+        )
+    if code:
+        raise TrialFailed(last.removeprefix("error: "))
+
+
+def _waited(child: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return child.wait(0.5)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+class TrialFailed(RunError):
+    """A trial that cannot be trained; the others go on."""
 
 
 def compare(
     trials: Sequence[Trial], folder: Path, *, budget_seconds: float | None, say: Callable[[str], None],
-    run_trial: RunTrial | None = None, measure_test: Callable[[Path, Trial], Json | None] | None = None,
+    run_trial: RunTrial | None = None,
 ) -> Json:  # fmt: skip
     """Run what is not yet run, within the budget (seconds of training runs, those before included), and compare.
 
-    `{rows, best, recommendation, left_out, test}`. The same call goes on where it stopped.
+    `{metric, rows, best, recommendation, left_out, failed, seconds, winner}`. The same call goes on where it stopped.
     """
-    spent, left_out, done = 0.0, [], []
+    _refuse_others(trials, folder)
+    spent, left_out, failed, done = 0.0, list[str](), list[Json](), list[tuple[Trial, Json]]()
     for trial in trials:
         run = RunDir(folder / trial.folder)
         if not run.finished:
@@ -148,100 +206,87 @@ def compare(
                 left_out.append(f"{trial.name} seed {trial.seed}")
                 continue
             say(f"{trial.name}, seed {trial.seed}")
-            (run_trial or run_as_command)(trial, run.path)
+            try:
+                (run_trial or run_as_command)(trial, run.path)
+            except TrialFailed as error:
+                failed.append({"name": trial.name, "seed": trial.seed, "why": str(error)})
+                say(f"{trial.name}, seed {trial.seed} failed: {error}")
+                continue
         result = run.read_json("result")
         spent += float(result["seconds"])
         done.append((trial, result))
     if not done:
-        raise RunError("the budget allowed no trial; give more with --budget")
-    rows = [_row(name, [r for t, r in done if t.name == name]) for name in dict.fromkeys(t.name for t, _ in done)]
-    metric = str(rows[0]["metric"])
-    rows.sort(key=lambda row: row["value"], reverse=metric not in LOWER_IS_BETTER)
+        why = (
+            f"every trial failed: {failed[0]['why']}"
+            if failed
+            else "the budget allowed no trial; give more with --budget"
+        )
+        raise RunError(why)
+    rows = _ranked(done, folder)
     winner = next(trial for trial, _ in done if trial.name == rows[0]["name"])
-    out: Json = {
-        "metric": metric, "rows": rows, "best": rows[0]["name"], "recommendation": recommend(rows, metric),
-        "left_out": left_out, "seconds": round(spent, 3),
-    }  # fmt: skip
-    if measure_test is not None:
-        out["test"] = measure_test(folder / winner.folder, winner)
-    return out
-
-
-def _row(name: str, results: Sequence[Json]) -> Json:
-    """Means over the seeds; the interval holds both what differs between rows and what differs between seeds."""
-    metric = main_metric(results[0]["after"])
-    assert metric is not None, "a run with held-out rows has metrics"
-    entries = [result["after"][metric] for result in results]
-    values = [entry["value"] for entry in entries]
-    error = math.sqrt(statistics.fmean(_error(entry) ** 2 for entry in entries) + _spread(values) ** 2)
-    value = statistics.fmean(values)
-    forgetting = [
-        r["probe"]["after"]["loss"]["value"] - r["probe"]["before"]["loss"]["value"] for r in results if "probe" in r
-    ]
     return {
-        "name": name, "metric": metric, "value": value, "low": value - 1.96 * error, "high": value + 1.96 * error,
-        "before": statistics.fmean(r["before"][metric]["value"] for r in results), "error": error,
-        "n": entries[0]["n"], "seeds": len(results),
-        "forgetting": statistics.fmean(forgetting) if forgetting else None,
-        "trainable_parameters": results[0]["trainable_parameters"], "parameters": results[0]["total_parameters"],
-        "seconds": statistics.fmean(r["seconds"] for r in results),
-        "peak_memory_bytes": max(r["peak_memory_bytes"] for r in results), "file_bytes": results[0]["export_bytes"],
+        "metric": rows[0]["metric"], "rows": rows, "best": rows[0]["name"], "recommendation": recommend(rows),
+        "left_out": left_out, "failed": failed, "seconds": round(spent, 3), "winner": winner.folder,
     }  # fmt: skip
 
 
-def _error(entry: Mapping[str, Any]) -> float:
-    if entry["low"] is None or entry["high"] is None:
-        return 0.0
-    return (entry["high"] - entry["low"]) / (2 * 1.96)
+def _refuse_others(trials: Sequence[Trial], folder: Path) -> None:
+    """Runs of the same names that were begun from another recipe are not taken for these."""
+    other = [t.folder for t in trials if t.recipe and not same_recipe(folder / t.folder, t.recipe, t.overrides)]
+    if other:
+        raise RecipeError(f"{folder} holds trials of other settings ({', '.join(other[:5])}); name another comparison "
+                          "with --to, or remove that folder")  # fmt: skip
 
 
-def _spread(values: Sequence[float]) -> float:
-    """Standard error of the mean over seeds."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+def _ranked(done: Sequence[tuple[Trial, Json]], folder: Path) -> list[Json]:
+    """One row a way to tune, the best first, compared row by row where the runs kept their rows."""
+    rows, held_out = [], dict[str, Rows | None]()
+    for name in dict.fromkeys(trial.name for trial, _ in done):
+        row = trial_row(name, [result for trial, result in done if trial.name == name])
+        kept = [kept_rows(folder / trial.folder) for trial, _ in done if trial.name == name]
+        held_out[name] = mean_rows([rows_of(k, "held_out", row["metric"]) for k in kept])
+        rows.append(row)
+    return rank(rows, held_out)
 
 
-def recommend(rows: Sequence[Json], metric: str) -> str:
-    """The best by the held-out rows and how sure that is; of what cannot be told apart from it, the cheapest.
+def kept_rows(run: Path) -> Json | None:
+    """What a run measured row by row after training; None where it kept nothing."""
+    folder = RunDir(run)
+    return folder.read_json("after") if folder.file("after").is_file() else None
 
-    The chance that one is better than another is that of two independent normal errors: on the same rows the real one
-    is surer, never less sure.
+
+def on_test(found: Json, trials: Sequence[Trial], folder: Path) -> Json | None:
+    """The winner on the test rows: measured when it first wins, and read from `test.json` from then on.
+
+    `{best, metrics, looks, ...}`; `looks` counts how many winners have been measured here: more than one is a choice
+    that has seen the test rows.
     """
-    best = rows[0]
-    sure = [(row, _chance(best, row)) for row in rows[1:]]
-    close = [row for row, chance in sure if chance < SURE]
-    shown = f"{best['name']}: {metric.replace('_', ' ')} {best['value']:.4f}"
-    if not close:
-        return f"{shown}, better than all others with at least {SURE:.0%} confidence"
-    cheapest = min([best, *close], key=lambda row: (row["trainable_parameters"], row["seconds"]))
-    names = ", ".join(row["name"] for row in close)
-    chance = min(chance for _, chance in sure)
-    told = f"{shown}, not told apart from {names} ({chance:.0%} sure at the least)"
-    if cheapest is best:
-        return f"{told}; it is also the one that trains least, so take it"
-    return f"{told}; {cheapest['name']} trains {cheapest['trainable_parameters']:,} parameters and may do as well"
+    file = folder / "test.json"
+    kept: Json = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if found["winner"] not in kept:
+        trial = next(trial for trial in trials if trial.folder == found["winner"])
+        measured = measure_test(folder / trial.folder, trial.recipe, trial.overrides)
+        if measured is None:
+            return None
+        kept[found["winner"]] = measured
+        write_whole(file, json.dumps(kept) + "\n")
+    return {"best": found["best"], "looks": len(kept), **kept[found["winner"]]}
 
 
-def _chance(best: Json, other: Json) -> float:
-    gap, error = abs(best["value"] - other["value"]), math.hypot(best["error"], other["error"])
-    if error == 0.0:
-        return 1.0 if gap else 0.5
-    return 0.5 * (1.0 + math.erf(gap / error / math.sqrt(2.0)))
-
-
-def measure_test(run: Path, trial: Trial) -> Json | None:
-    """The winner on the recipe's test rows, which no choice has seen; None when it names none."""
-    from tunesmith.stages import using
-    from tunesmith.stages.prepare import locate
-
-    kept = [text for text in trial.overrides if text != "data.test=null"]
-    start = load_recipe(trial.recipe, kept)
-    if start.recipe.data.test is None:
-        return None
-    return using.evaluate(run, locate(start.recipe.data.test, start.folder), stage=None, say=_quiet)["metrics"]
-
-
-def _quiet(_: str) -> None:
-    return None
+def beside_untuned(found: Json, untuned: Sequence[Json], test: Json | None, folder: Path) -> Json:
+    """`{part, rows, claim}`: the winner against models that were only asked, on the test rows where there are some."""
+    part, metric, best = ("held_out" if test is None else "test"), found["metric"], found["rows"][0]
+    kept = kept_rows(folder / found["winner"]) if test is None else test
+    mine, value = rows_of(kept, part, metric), best["value"] if test is None else test["metrics"][metric]["value"]
+    if test is None and kept is not None and kept.get("held_out"):
+        value = kept["held_out"]["metrics"][metric]["value"]
+    rows = []
+    for kept_untuned in untuned:
+        for entry, theirs in untuned_rows(kept_untuned, part, metric):
+            change = difference(mine, theirs)
+            rows.append(entry | {"difference": None if change is None else change.as_json()})
+    tuned = {"name": best["name"], "parameters": best["parameters"], "value": value}
+    return {"part": part, "tuned": tuned, "rows": rows, "claim": claim(metric, tuned, rows)}
 
 
 def seconds_of(text: str) -> float:

@@ -21,7 +21,7 @@ from tunesmith.evaluate.intervals import Estimate, Statistic, bootstrap, plain
 from tunesmith.model.language import LanguageModel
 from tunesmith.rundir import RunDir
 from tunesmith.stages import finals
-from tunesmith.stages.job import Built, Job, Measured
+from tunesmith.stages.job import Built, Inputs, Job, Measured
 from tunesmith.stages.likelihood import measure_likelihood
 
 Json = dict[str, Any]
@@ -62,10 +62,16 @@ def measure_before(run: RunDir, built: Built, job: Job, say: Callable[[str], Non
     run.write_text("before", json.dumps({"key": key, **parts, "sentences": moment.sentences}) + "\n")
 
 
-def keep_after(run: RunDir, after: Moment) -> None:
+def keep_after(run: RunDir, job: Job, after: Moment) -> None:
     """Keep the measurement of the tuned model, row by row, in after.json, for whoever compares runs."""
     parts = {name: as_json(getattr(after, name)) for name in ("held_out", "test", "probe")}
-    run.write_text("after", json.dumps(parts) + "\n")
+    run.write_text("after", json.dumps(parts | {"origins": origins_of(job.inputs)}) + "\n")
+
+
+def origins_of(inputs: Inputs) -> dict[str, list[str]]:
+    """Where each held-out and test row stands, `file:line`."""
+    stores = {"held_out": inputs.eval, "test": inputs.test}
+    return {name: [s.origin(i) for i in range(len(s))] for name, s in stores.items() if s is not None}
 
 
 def before_of(run: RunDir, after: Moment) -> Moment:

@@ -8,17 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tunesmith.data.encode import prompt_ids
 from tunesmith.data.records import read_records
 from tunesmith.data.templates import get_template
 from tunesmith.errors import DataError, ModelError, RecipeError, RunError
 from tunesmith.export.merge import export_run
 from tunesmith.export.publish import push, write_readme
-from tunesmith.export.verify import agree, logits_of, probe_ids
+from tunesmith.export.verify import probe_ids
 from tunesmith.model.load import base_record, load_config, load_tokenizer
-from tunesmith.model.quantize import quantized_as
 from tunesmith.model.score import ScoreModel
 from tunesmith.model.trainable import Trainable
 from tunesmith.plan.hardware import choose_device, choose_precision
@@ -64,8 +61,8 @@ def _measured(model: _Model, run: RunDir | None, records: Any, say: Say) -> tupl
         mlm.head_note(model.base, backbone, ())
     context = base_record(model.base, trust=model.recipe.trust_remote_code)["context_tokens"]
     encoder = make_encoder(model.recipe, model.tokenizer, labels, context)
-    store = store_of(sets.train, encoder, model.recipe, context, say=say)
-    say(f"{sets.train.describe()}: {len(store):,} samples")
+    store = store_of(records, encoder, model.recipe, context, say=say)
+    say(f"{records.describe()}: {len(store):,} samples")
     for text in tally(store):
         say(text)
     job = Job(
@@ -116,9 +113,9 @@ def settled(run: RunDir, recipe: Recipe) -> tuple[str, str]:
     return device, choose_precision(recipe.precision, device)
 
 
-def _of_run(run: RunDir, data: str) -> _Model:
-    tuned = open_tuned(run)
-    recipe = tuned.recipe.model_copy(update={"data": tuned.recipe.data.model_copy(update=_only(data))})
+def _of_run(run: RunDir, data: str | None) -> _Model:
+    tuned, only = open_tuned(run), {} if data is None else _only(data)
+    recipe = tuned.recipe.model_copy(update={"data": tuned.recipe.data.model_copy(update=only)})
     return _Model(
         recipe, tuned.tokenizer, tuned.base, tuned.trainable, *settled(run, recipe), tuned.label_names, tuned.backbone
     )
@@ -258,23 +255,10 @@ def export(run: RunDir, to: Path, format: str, *, push_to: str | None, say: Say)
     agreement = (
         None if done.agreement is None else {"error": done.agreement.error, "tolerance": done.agreement.tolerance}
     )
-    result = {
+    return {
         "run": run.name,
         "format": format,
         "folder": str(done.folder),
         "bytes": done.num_bytes,
         "agreement": agreement,
     }
-    return result | _on_plain_base(run, tuned, probes, say)
-
-
-def _on_plain_base(run: RunDir, tuned: Tuned, probes: Sequence[Sequence[int]], say: Say) -> dict[str, Any]:
-    """How far the adapter of a quantised run is from what was trained where it stands on the base's own weights."""
-    kind = quantized_as(tuned.backbone)
-    if kind is None:
-        return {}
-    plain = open_tuned(run, quantized=False)
-    apart = agree(logits_of(tuned.backbone, probes), logits_of(plain.backbone, probes), torch.float32)
-    say(f"trained beside the base in {kind}; on the base's own weights the adapter's logits differ by "
-        f"{apart.error:.1e} of the largest, {apart.kl:.1e} nats a token. A merged export is what was trained")  # fmt: skip
-    return {"on_plain_base": {"trained_beside": kind, "error": apart.error, "kl": apart.kl}}
