@@ -103,6 +103,9 @@ def _reward_problems(reward: Mapping[str, Any], stage: str) -> Problems:
     if not parts:
         problems.append(("reward", f"stage {stage} needs a reward: `reward: {{run: RUN}}`, "
                          "`{function: file.py:name}`, or one of model, contains, regex, exact, length"))  # fmt: skip
+    if reward.get("ensemble") and "," not in (reward.get("run") or ""):
+        problems.append(("reward.ensemble", "`reward.ensemble` is for several runs: name them in `reward.run`, "
+                         "separated by commas"))  # fmt: skip
     for name in reward.get("weights") or {}:
         if name not in parts:
             known = ", ".join(parts) or "none"

@@ -165,7 +165,7 @@ class TrainSpec(Section):
     keep: Positive = 2
     """Newest checkpoints that stay; the best one stays besides."""
     select_by: str | None = None
-    """Metric by which the best checkpoint is chosen; null keeps the last."""
+    """Metric by which the best checkpoint is chosen, of equals the earliest; null keeps the last."""
     early_stopping: StoppingSpec | None = None
     """End the run when `select_by` stops improving."""
     checkpoint_activations: bool = False
@@ -230,14 +230,17 @@ class LengthSpec(Section):
 
 class RewardSpec(Section):
     """What a completion earns: what ppo and grpo learn from, and what sft and dpo may be selected by. Every key but
-    `weights` and `clip` is one part of the reward.
+    `ensemble`, `label`, `weights` and `clip` is one part of the reward.
 
     The reward is the sum of the parts, each times its weight (1 unless `weights` names it), then clipped to
     [-clip, clip]. Parts are called by their key; a function by its own name.
     """
 
     run: str | None = None
-    """A finished run of stage reward; several runs separated by commas give the mean of their scores."""
+    """A finished run of stage reward, or several separated by commas, whose scores become one by `ensemble`."""
+    ensemble: Literal["mean", "min"] | None = None
+    """Of several runs: the mean of their scores (when not set), or the least, so that one model's fault is not enough
+    to earn a reward (2310.02743, 3.2)."""
     model: str | None = None
     """A sequence classifier: folder or hub id."""
     label: str | None = None

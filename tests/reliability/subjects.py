@@ -1,4 +1,4 @@
-"""What the trials break: the bare loop around a toy, which is fast, and the four stages as a user runs them."""
+"""What the trials break: the bare loop around a toy, which is fast, and stages as a user runs them."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from tunesmith.engine.state import TrainState
 from tunesmith.objectives.classify import Classify
 
 STAGES = ("pretrain", "mlm", "sft", "classify")
+ONLINE = ("ppo", "grpo")
 _TIMES = ("seconds", "train_seconds", "tokens_per_second", "peak_memory_bytes", "export_bytes")
 
 
@@ -100,7 +101,8 @@ def loop(num_steps: int = 24, save_every: int = 3, keep: int = 2, pause: float =
 def staged(name: str, bases: Path, *, epochs: int = 4, save_every: int = 3) -> Subject:
     """A stage through `tunesmith.api`, from recipe to report, on a tiny base that is made in `bases` when missing.
 
-    24 rows in steps of 4, two micro-batches a step, dropout on, evaluated and chosen at the end of every epoch.
+    24 rows in steps of 4, two micro-batches a step, dropout on, evaluated and chosen at the end of every epoch. Stages
+    with rollouts make them anew every 4 steps.
     """
     recipe = recipe_of(name, bases, epochs, save_every)
 
@@ -114,13 +116,15 @@ def staged(name: str, bases: Path, *, epochs: int = 4, save_every: int = 3) -> S
 
 
 def stage_fingerprint(folder: Path) -> str:
-    """Weights, optimizer and random states of the last checkpoint, metrics, evaluations, final weights and result."""
+    """Weights, optimizer and random states of the last checkpoint, metrics, evaluations, rollouts, final weights and
+    result."""
     newest = checkpoint.latest_checkpoint(folder / "checkpoints", warn=print, repair=False)
     assert newest is not None
     finals = sorted((folder / "final").glob(f"step_*/{checkpoint.TENSORS}"))
     result = json.loads((folder / "result.json").read_text())
     kept = {key: value for key, value in result.items() if key not in _TIMES}
-    files = (newest / checkpoint.TENSORS, folder / "metrics.jsonl", folder / "evaluations.jsonl", *finals)
+    logs = (folder / f"{name}.jsonl" for name in ("metrics", "evaluations", "rollouts"))
+    files = (newest / checkpoint.TENSORS, *(path for path in logs if path.exists()), *finals)
     assert (folder / "report.html").is_file() and (folder / "model_card.md").is_file()
     return _digest([newest.name.encode(), json.dumps(kept).encode(), *(path.read_bytes() for path in files)])
 
@@ -131,7 +135,7 @@ def _digest(parts: list[bytes]) -> str:
 
 def recipe_of(name: str, bases: Path, epochs: int = 4, save_every: int = 3) -> dict[str, Any]:
     """A recipe of stage `name`; its tiny base and its rows are made in `bases` when missing."""
-    decoder = name in ("pretrain", "sft")
+    decoder = name in ("pretrain", "sft", *ONLINE)
     base = bases / ("decoder" if decoder else "encoder")
     if not base.exists():
         save_tiny(tiny_causal("llama") if decoder else tiny_masked("bert"), base)
@@ -140,12 +144,25 @@ def recipe_of(name: str, bases: Path, epochs: int = 4, save_every: int = 3) -> d
         if not path.exists():
             path.write_text("".join(json.dumps(_row(name, first + i)) + "\n" for i in range(count)))
     tune = {"method": "lora", "rank": 2, "dropout": 0.1} if name in ("sft", "classify") else {"method": "full"}
+    if name in ONLINE:
+        return _online(name, base, train, held_out, epochs * 6, save_every)
     return {
         "stage": name, "base": str(base), "precision": "float32", "tune": tune,
         "data": {"train": str(train), "eval": str(held_out), "max_length": 64},
         "train": {"epochs": epochs, "batch_examples": 4, "micro_batch_tokens": 96, "learning_rate": 5e-3,
                   "save_every": save_every, "weight_decay": 0.01},
         "evaluate": {"samples": 1},
+    }  # fmt: skip
+
+
+def _online(name: str, base: Path, train: Path, held_out: Path, steps: int, save_every: int) -> dict[str, Any]:
+    """Two passes over two minibatches of each round's rollouts: a kill can come before, between and after them."""
+    rounds = {"ppo": {"rollouts": 8, "kl_coef": 0.02}, "grpo": {"prompts": 2, "group": 4}}[name]
+    return {
+        "stage": name, "base": str(base), "precision": "float32", "device": "cpu", "tune": {"method": "full"},
+        "data": {"train": str(train), "eval": str(held_out)}, "reward": {"regex": "[a-e]"},
+        "sampling": {"max_tokens": 5}, name: {**rounds, "epochs": 2, "minibatches": 2},
+        "train": {"steps": steps, "learning_rate": 1e-2, "save_every": save_every, "eval_every": 6},
     }  # fmt: skip
 
 
@@ -157,6 +174,8 @@ def _row(name: str, i: int) -> dict[str, Any]:
     text = f"{i}: the {thing} was {'good' if i % 2 else 'bad'} and the {other} {i * 7 % 31} was not"
     if name == "classify":
         return {"text": text, "label": "good" if i % 2 else "bad"}
+    if name in ONLINE:
+        return {"prompt": f"the {thing} {i}"}
     if name == "sft":
         return {"prompt": f"what was {i} {thing}?", "completion": f"the {thing} was {other}"}
     return {"text": text}

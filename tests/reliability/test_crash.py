@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.reliability.subjects import STAGES
+from tests.reliability.subjects import ONLINE, STAGES
 
 import tunesmith.errors
 
@@ -50,7 +50,10 @@ needs_strace = pytest.mark.skipif(not tracing(), reason="strace is missing or ma
 evidence = functools.partial(pytest.param, marks=pytest.mark.evidence)
 
 
-@pytest.mark.parametrize(("subject", "count"), [("loop", 6), ("sft", 2), *(evidence(stage, 12) for stage in STAGES)])
+@pytest.mark.parametrize(
+    ("subject", "count"),
+    [("loop", 6), ("sft", 2), ("ppo", 2), ("grpo", 2), *(evidence(stage, 12) for stage in (*STAGES, *ONLINE))],
+)
 def test_a_killed_run_resumes_to_the_same_bytes(subject, count):
     result = trials("kills", count, subject=subject)
     assert result["trials"] == count and result["bad"] == []

@@ -1,7 +1,7 @@
 """Breaks real training processes and counts what does not come back bit for bit. One JSON object on stdout.
 
-    python trials.py [--subject loop|pretrain|mlm|sft|classify] kills 50 | calls | strace | planted | signals 50
-        | order 20 | disk 50 | moments | starts 50 | exports
+    python trials.py [--subject loop|pretrain|mlm|sft|classify|ppo|grpo] kills 50 | calls | strace | planted
+        | signals 50 | order 20 | disk 50 | moments | starts 50 | exports
 
 Torch is imported once; every trial is a fork (0.1 s instead of 4 s). `disk` needs `unshare -rm`; `strace`, `order` and
 `exports` need strace. A trial is bad when a resume fails or weights, optimizer or metrics differ from the unbroken run.
@@ -41,7 +41,7 @@ from tests.reliability.harness import (
     unbroken,
     wait_for_line,
 )
-from tests.reliability.subjects import STAGES, Cursor, loop, staged
+from tests.reliability.subjects import ONLINE, STAGES, Cursor, loop, staged
 
 from tunesmith.engine import checkpoint, fit
 from tunesmith.engine.metrics import MetricsLog
@@ -269,7 +269,7 @@ def disk(subject: Subject, sizes: int, first: int = 16, step: int = 4) -> dict[s
 def main() -> None:
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--subject", choices=("loop", *STAGES), default="loop")
+    parser.add_argument("--subject", choices=("loop", *STAGES, *ONLINE), default="loop")
     parser.add_argument("verb")
     parser.add_argument("numbers", nargs="*")
     options = parser.parse_args()

@@ -73,6 +73,12 @@ def test_it_ends_with_the_best_weights_and_never_prunes_them(tmp_path):
     assert any("best by accuracy: step 4 (0.9000)" in line for line in said)
 
 
+def test_of_equals_the_earliest_is_the_best(tmp_path):
+    """Accuracies tie often; what was trained less to reach one has moved less."""
+    _, state, _ = run(tmp_path, [0.5, 0.75, 0.75, 0.6, 0.75], select_by="accuracy")
+    assert state.progress.best_step == 4
+
+
 def test_without_a_choice_it_ends_with_the_last_weights(tmp_path):
     _, state, _ = run(tmp_path, [0.5, 0.9, *[0.1] * 8])
     last, _ = load_checkpoint(tmp_path / "checkpoints/step_000020")

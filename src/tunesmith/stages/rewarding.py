@@ -70,7 +70,13 @@ def build_reward(job: Job, prompts: Sequence[PromptSet]) -> Reward:
     weights = spec.weights or {}
     found: list[tuple[str, Score, str]] = []
     if spec.run is not None:
-        found.append(("run", _mean([_run_score(run, job) for run in reward_runs(job)]), f"reward run {spec.run}"))
+        found.append(
+            (
+                "run",
+                _ensemble([_run_score(run, job) for run in reward_runs(job)], spec.ensemble),
+                f"reward run {spec.run}",
+            )
+        )
     if spec.model is not None:
         found.append(("model", _model_score(spec.model, job), f"reward model {spec.model}"))
     columns = list(dict.fromkeys(name for part in prompts for name in part.columns))
@@ -105,8 +111,10 @@ def _beside(name: str, folder: Path) -> Path:
     return beside if beside.exists() else Path(name).expanduser()
 
 
-def _mean(scores: Sequence[Score]) -> Score:
-    return lambda items: np.mean([score(items) for score in scores], axis=0).tolist()
+def _ensemble(scores: Sequence[Score], how: str | None) -> Score:
+    """Several models' opinion of a completion as one: their mean, or the least of them (2310.02743, 3.2)."""
+    one = np.min if how == "min" else np.mean
+    return lambda items: one([score(items) for score in scores], axis=0).tolist()
 
 
 def _run_score(run: RunDir, job: Job) -> Score:
