@@ -75,7 +75,7 @@ def test_it_ends_with_the_best_weights_and_never_prunes_them(tmp_path):
 
 def test_of_equals_the_earliest_is_the_best(tmp_path):
     """Accuracies tie often; what was trained less to reach one has moved less."""
-    _, state, _ = run(tmp_path, [0.5, 0.75, 0.75, 0.6, 0.75], select_by="accuracy")
+    _, state, _ = run(tmp_path, [0.5, 0.75, 0.75, 0.6, 0.75], select_by="accuracy", steps=10)
     assert state.progress.best_step == 4
 
 
