@@ -8,6 +8,8 @@ gate and up are kept for the backward, and their product is made again.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -29,7 +31,9 @@ class FrozenLinear(nn.Linear):
         """x [..., k] -> x Wᵀ + bias."""
         kind = input.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
-        return F.linear(input.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+        rows = input.reshape(-1, self.in_features).to(dtype)  # a slice as it stands would be multiplied row by row
+        out = F.linear(rows, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+        return out.view(*input.shape[:-1], self.out_features)
 
 
 class LeanRMSNorm(nn.Module):
@@ -119,6 +123,33 @@ def narrow_frozen(backbone: nn.Module, dtype: torch.dtype) -> None:
             narrowed = True
     if narrowed:
         _let_go_of_file(backbone)
+
+
+@contextmanager
+def narrowed(backbone: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """For a while, while weights stand still: linears round their fp32 weights to `dtype` once instead of at every
+    product, and norms answer in it."""
+    before = [] if dtype == torch.float32 else list(backbone.named_modules())
+    replaced = []
+    try:
+        for name, module in before:
+            if (narrow := _narrow(module, dtype)) is not None:
+                replaced.append((name, module))
+                place(backbone, name, narrow)
+        yield
+    finally:
+        for name, module in replaced:
+            place(backbone, name, module)
+
+
+@torch.no_grad()
+def _narrow(module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
+    if type(module) is nn.Linear and module.weight.dtype == torch.float32:
+        narrow = _frozen_like(module)
+        narrow.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
+        return narrow
+    named = type(module).__name__
+    return _lean_norm(module) if named.endswith("RMSNorm") and named != LeanRMSNorm.__name__ else None
 
 
 def _let_go_of_file(backbone: nn.Module) -> None:

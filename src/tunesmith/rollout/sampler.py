@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from tunesmith.data.chat import turn_end
 from tunesmith.errors import ModelError
+from tunesmith.model.lean import narrowed
 
 CACHE_NAMES = ("cache", "past_key_values")
 """What transformers calls the KV cache, newest name first."""
+PART = 256
+"""Vocabulary entries that are summed together when a token is drawn."""
 ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Layers whose cache can be padded on the left and thinned by rows; recurrent ones cannot."""
 
@@ -150,7 +153,7 @@ class Sampler:
         ends = frozenset(self.end_ids()) | frozenset(int(i) for i in stop_ids)
         stops = _Stops(ends, tuple(stop), self.tokenizer, frozenset(self.tokenizer.all_special_ids))
         done: dict[tuple[int, int], _Row] = {}
-        with _evaluating(self.model):
+        with _evaluating(self.model), narrowed(self.model.backbone, self.model.compute):
             for indices in self._groups(prompts, num_per_prompt, max_tokens):
                 rows = [self._row(i, k, prompts[i], max_tokens, seed) for i in indices for k in range(num_per_prompt)]
                 self._complete(rows, num_per_prompt, draw, stops)
@@ -271,20 +274,32 @@ def stream_seed(seed: int, index: int, number: int) -> int:
 def next_tokens(
     logits: Tensor, draw: Draw, generators: Sequence[torch.Generator], *, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Draw one token per row: `logits [N, V]` -> ids `[N]` and the log-probs `[N]` (nats) at the model's `temperature`.
-
-    Exponential race: argmax of p / e with e ~ Exp(1) has the distribution p, without a cumulative sum.
-    """
+    """Draw one token per row: `logits [N, V]` -> ids `[N]`, and log-probs `[N]` (nats) at the model's `temperature`."""
     if draw.temperature == 0.0:
         tokens = logits.argmax(1)
     else:
-        probabilities = cut(logits / draw.temperature, draw).softmax(1)
-        noise = torch.empty_like(probabilities)
-        for row, generator in zip(noise, generators, strict=True):
-            row.exponential_(generator=generator)
-        tokens = (probabilities / noise.clamp_min(torch.finfo(noise.dtype).tiny)).argmax(1)
+        warm = logits if draw.temperature == 1.0 else logits / draw.temperature
+        tokens = _drawn(cut(warm, draw), generators)
     own = logits if temperature == 1.0 else logits / temperature
-    return tokens, own.log_softmax(1).gather(1, tokens[:, None])[:, 0]
+    return tokens, own.gather(1, tokens[:, None])[:, 0] - own.logsumexp(1)
+
+
+def _drawn(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """One token per row from softmax(logits), by one uniform number per row and the inverse of the distribution.
+
+    The sums are taken in two stages, over parts of the vocabulary and inside the part that is hit, in float64: no
+    cumulative sum over the vocabulary and no noise of its size (docs/log.md).
+    """
+    weights = (logits - logits.amax(1, keepdim=True)).exp_()
+    parts = nn.functional.pad(weights, (0, -weights.shape[1] % PART)).view(len(weights), -1, PART)
+    edges = parts.sum(2, dtype=torch.float64).cumsum(1)
+    uniform = torch.cat([torch.rand(1, generator=g, dtype=torch.float64, device=g.device) for g in generators])
+    aim = uniform * edges[:, -1]
+    part = torch.searchsorted(edges, aim[:, None], right=True).clamp_max(edges.shape[1] - 1)
+    before = torch.where(part > 0, edges.gather(1, (part - 1).clamp_min(0)), 0.0)
+    inside = parts.gather(1, part[:, :, None].expand(-1, -1, PART))[:, 0].double().cumsum(1)
+    rest = torch.minimum(aim[:, None] - before, inside[:, -1:] * (1 - 1e-12))
+    return (part * PART + torch.searchsorted(inside, rest, right=True))[:, 0]
 
 
 def cut(logits: Tensor, draw: Draw) -> Tensor:
