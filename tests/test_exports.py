@@ -28,6 +28,7 @@ SIGNATURES = {
     "sample": "(run_or_model, prompts, *, num=4, temperature=1.0, top_p=1.0, max_tokens=128, seed=0, to=None,"
     " limit=None, say=_silent)",
     "selftest": "(recipe=None, overrides=(), *, say=_silent)",
+    "serve": "(run_or_model, *, host='127.0.0.1', port=8000, max_tokens=1024, say=_silent)",
     "train": "(recipe, overrides=(), *, run=None, say=_silent, show=_silent)",
     "winrate": "(a, b, prompts, judge, *, judge_model=None, judge_key_env=None, judge_label=None, tie_margin=0.0,"
     " temperature=0.0, max_tokens=128, seed=0, to=None, limit=None, say=_silent)",

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         runs_show,
         sample,
         selftest,
+        serve,
         train,
         winrate,
     )
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "api": (
         "chat", "check", "compare", "evaluate", "export", "finetune", "init", "plan", "predict", "quickstart", "rank",
-        "resume", "runs_diff", "runs_list", "runs_show", "sample", "selftest", "train", "winrate",
+        "resume", "runs_diff", "runs_list", "runs_show", "sample", "selftest", "serve", "train", "winrate",
     ),
     "errors": (
         "DataError", "DiskError", "Interrupted", "ModelError", "NonFiniteError", "RecipeError", "RewardError",
@@ -89,13 +90,14 @@ __all__ = [
     "runs_show",
     "sample",
     "selftest",
+    "serve",
     "train",
     "winrate",
 ]
 
 # A package is put into its parent's names when it is first loaded. Loaded here (they are empty), these cannot
 # take the place of the verbs of the same name later.
-for _name in ("evaluate", "export", "plan"):
+for _name in ("evaluate", "export", "plan", "serve"):
     import_module(f"tunesmith.{_name}")
     del globals()[_name]
 

@@ -288,6 +288,25 @@ def export(
     return using.export(model_run(open_run(run)), Path(to), format, push_to=push_to, say=say)
 
 
+def serve(
+    run_or_model: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_tokens: int = 1024,
+    say: Say = _silent,
+) -> None:
+    """Answer over HTTP until SIGINT or SIGTERM: OpenAI's completions and chat completions, or `/predict`.
+
+    On this machine alone unless `host` says otherwise; `port` 0 takes a free one; `max_tokens` is the most that a
+    request may ask for. Raises `RunError` when the address cannot be had.
+    """
+    from tunesmith.serve.server import serve_until_stopped
+    from tunesmith.stages import serving
+
+    serve_until_stopped(serving.open_server(run_or_model, host=host, port=port, max_tokens=max_tokens, say=say))
+
+
 def runs_list(root: str | Path = "runs") -> list[dict[str, Any]]:
     """One row per run, oldest first: name, stage, state, the main figures."""
     return [_row(run) for run in list_runs(root)]

@@ -246,6 +246,20 @@ def export(
 
 
 @app.command()
+def serve(
+    target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, a model folder or a hub id.")],
+    *,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; this machine alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="The most a request may ask for.")] = 1024,
+) -> None:
+    """Answer over HTTP: OpenAI's completions and chat completions, labels or scores at /predict, /health."""
+    from tunesmith import api
+
+    api.serve(target, host=host, port=port, max_tokens=max_tokens, say=_say)
+
+
+@app.command()
 def completion(shell: Annotated[str, typer.Argument(help="bash, zsh or fish.")]) -> None:
     """Print the script that completes verbs and options; add `eval "$(tunesmith completion bash)"` to ~/.bashrc."""
     if shell not in ("bash", "zsh", "fish"):

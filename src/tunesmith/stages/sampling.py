@@ -122,14 +122,15 @@ def read_prompts(spec: str, *, limit: int | None = None) -> list[Asked]:
 
 def encode(speaker: Speaker, asked: Asked) -> list[int]:
     """The prompt as the speaker's training asked it: through its template, its chat template, or as it stands."""
-    if speaker.recipe is not None and speaker.recipe.stage == "pretrain":
+    recipe = speaker.recipe
+    if recipe is not None and (recipe.stage == "pretrain" or (recipe.sampling and recipe.sampling.continue_prompt)):
         return prompt_ids(asked.text, speaker.tokenizer, raw=True)
     if speaker.template is not None:
-        return prompt_ids(_through(speaker.template, asked), speaker.tokenizer, plain=True)
+        return prompt_ids(through_template(speaker.template, asked), speaker.tokenizer, plain=True)
     return prompt_ids(list(asked.record.messages), speaker.tokenizer)
 
 
-def _through(template_text: str, asked: Asked) -> list[Message]:
+def through_template(template_text: str, asked: Asked) -> list[Message]:
     """The row in the run's template: by its own columns where they are there, else the whole prompt in the only one."""
     template = get_template(template_text)
     wanted = [name for name in template.columns if "{" + name + "}" in template.prompt]
