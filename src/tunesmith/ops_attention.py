@@ -7,7 +7,8 @@ dV = Pᵀ dO, dS = P · (dO Vᵀ - D), dQ = s dS K, dK = s dSᵀ Q.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -67,36 +68,63 @@ def blocks_of(lengths: tuple[int, ...]) -> Blocks:
     return Blocks(tuple(blocks), order)
 
 
+@dataclass(frozen=True, slots=True)
+class How:
+    """What a call computes: scores times `scaling`, weights dropped with `dropout` by masks made from `seed`."""
+
+    causal: bool
+    scaling: float
+    dropout: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Queries of some segments of a block, the keys they may see, and what is added to hide the others."""
+
+    rows: slice
+    queries: slice
+    keys: slice
+    hidden: Tensor | None
+    number: int
+
+
 def block_attention(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], *, causal: bool, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    *,
+    causal: bool,
+    scaling: float,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Attention inside each segment, `query [1, H, T, d]`, `key, value [1, Hkv, T, d]` -> `[1, H, T, d]`.
 
-    Under autocast, products run in its type, as torch's own kernel would run them.
+    Under autocast, products run in its type, as torch's own kernel would run them. A mask of `dropout` is drawn from
+    torch's own stream and made again in the backward instead of kept.
     """
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    return _BlockAttention.apply(query, key, value, tuple(lengths), causal, scaling)  # type: ignore[no-any-return]
+    how = How(causal, scaling, dropout, int(torch.randint(0, 2**62, ())) if dropout else 0)
+    return _BlockAttention.apply(query, key, value, tuple(lengths), how)  # type: ignore[no-any-return]
 
 
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], causal: bool, scaling: float
-    ) -> Tensor:
-        blocks, parts = blocks_of(lengths), []
-        for block in blocks.blocks:
-            q, k, v = (_taken(x, block) for x in (query, key, value))
-            mask = None if causal or block.real is None else block.real[:, None, None]
-            parts.append(
-                F.scaled_dot_product_attention(
-                    q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], how: How) -> Tensor:
+        blocks = blocks_of(lengths)
+        with torch.autocast(query.device.type, enabled=False):
+            parts = [
+                (_dropped_forward if how.dropout else _forward)(
+                    *(_taken(x, block) for x in (query, key, value)), block, how
                 )
-            )
+                for block in blocks.blocks
+            ]
         out = _put_back(parts, blocks.order)
         ctx.save_for_backward(query, key, value, out)
-        ctx.lengths, ctx.causal, ctx.scaling = lengths, causal, scaling
+        ctx.lengths, ctx.how = lengths, how
         return out
 
     @staticmethod
@@ -109,8 +137,15 @@ class _BlockAttention(torch.autograd.Function):
                 if block.real is not None:
                     g.mul_(block.real[:, None, :, None])
                 delta = (g.to(_exact(g.dtype)) * o).sum(-1)
-                found.append(_block_backward(q, k, v, g, delta, block, causal=ctx.causal, scaling=ctx.scaling))
-        return (*(_put_back(parts, blocks.order) for parts in zip(*found, strict=True)), None, None, None)
+                found.append(_block_backward(q, k, v, g, delta, block, ctx.how))
+        return (*(_put_back(parts, blocks.order) for parts in zip(*found, strict=True)), None, None)
+
+
+def keep_mask(shape: Sequence[int], dropout: float, generator: torch.Generator | None = None) -> Tensor:
+    """True where something is kept, with probability 1 - dropout to within 2^-17: 16 random bits an element."""
+    count = math.prod(shape)
+    numbers = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    return (numbers.view(torch.int16)[:count] >= round(dropout * 65536) - 32768).view(tuple(shape))
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
@@ -136,29 +171,24 @@ def _put_back(parts: Sequence[Tensor], order: Tensor) -> Tensor:
     return flat.view(1, -1, heads, width).transpose(1, 2)
 
 
-def _block_backward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, delta: Tensor, block: Block, *, causal: bool, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one block: `q, g [G, H, L, d]`, `k, v [G, Hkv, L, d]`, `delta [G, H, L]`."""
-    groups, heads, longest, _ = q.shape
-    shared = heads // k.shape[1]
-    to_q, to_k, to_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+def _forward(q: Tensor, k: Tensor, v: Tensor, block: Block, how: How) -> Tensor:
+    mask = None if how.causal or block.real is None else block.real[:, None, None]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=how.causal, scale=how.scaling, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def _tiles(block: Block, groups: int, heads: int, how: How, dtype: torch.dtype) -> Iterator[Tile]:
+    longest, number = block.longest, 0
     size = min(longest, TILE_QUERIES)
     together = max(1, TILE_SCORES // (heads * size * longest))
     for first in range(0, groups, together):
         rows = slice(first, min(first + together, groups))
         for start in range(0, longest, size):
             queries = slice(start, min(start + size, longest))
-            keys = slice(0, queries.stop if causal else longest)
-            hidden = _hidden(block, rows, queries, keys, causal=causal, dtype=delta.dtype)
-            dq, dk, dv = _tile(
-                q[rows, :, queries], k[rows, :, keys], v[rows, :, keys], g[rows, :, queries],
-                delta[rows, :, queries], hidden, shared, scaling,
-            )  # fmt: skip
-            to_q[rows, :, queries] = dq
-            to_k[rows, :, keys] += dk
-            to_v[rows, :, keys] += dv
-    return to_q, to_k, to_v
+            keys = slice(0, queries.stop if how.causal else longest)
+            number += 1
+            yield Tile(rows, queries, keys, _hidden(block, rows, queries, keys, causal=how.causal, dtype=dtype), number)
 
 
 def _hidden(
@@ -174,27 +204,67 @@ def _hidden(
     return none.masked_fill_(~block.real[rows, keys], float("-inf"))[:, None, None]
 
 
-def _tile(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, delta: Tensor, hidden: Tensor | None, shared: int, scaling: float
+def _weights(q: Tensor, k: Tensor, tile: Tile, how: How) -> Tensor:
+    """Softmax of a tile's scores, `q [G, H, Tq, d]`, `k [G, Hkv, Tk, d]` -> `[G, H, Tq, Tk]` in fp32 or float64.
+
+    The heads that share a key are one matrix.
+    """
+    exact = _exact(q.dtype)
+    scores = torch.bmm(_joined(q, k).to(exact), k.flatten(0, 1).to(exact).transpose(1, 2)).mul_(how.scaling)
+    scores = scores.view(*q.shape[:3], k.shape[2])
+    return (scores if tile.hidden is None else scores.add_(tile.hidden)).softmax(-1)
+
+
+def _joined(x: Tensor, k: Tensor) -> Tensor:
+    """`[G, H, ...]` as `[G · Hkv, rows, ...]`, the heads of one key below each other."""
+    return x.reshape(k.shape[0] * k.shape[1], -1, x.shape[-1])
+
+
+def _kept(shape: Sequence[int], tile: Tile, how: How) -> Tensor:
+    return keep_mask(shape, how.dropout, torch.Generator().manual_seed(how.seed + tile.number))
+
+
+def _dropped_forward(q: Tensor, k: Tensor, v: Tensor, block: Block, how: How) -> Tensor:
+    """torch's kernels take no dropout on a CPU, so the weights are made, and dropped, tile by tile."""
+    out = torch.empty_like(q)
+    for tile in _tiles(block, q.shape[0], q.shape[1], how, _exact(q.dtype)):
+        part = q[tile.rows, :, tile.queries]
+        keys, values = k[tile.rows, :, tile.keys], v[tile.rows, :, tile.keys]
+        weights = _weights(part, keys, tile, how)
+        weights.mul_(_kept(weights.shape, tile, how)).div_(1 - how.dropout)
+        found = torch.bmm(_joined(weights.to(q.dtype), keys), values.flatten(0, 1))
+        out[tile.rows, :, tile.queries] = found.view(part.shape)
+    return out
+
+
+def _block_backward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, delta: Tensor, block: Block, how: How
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one tile; the heads that share a key are one matrix."""
-    groups, heads, queries, width = q.shape
-    key_heads, keys, low = heads // shared, k.shape[2], q.dtype
-    shape = (groups, heads, queries, keys)
+    """Gradients of one block: `q, g [G, H, L, d]`, `k, v [G, Hkv, L, d]`, `delta [G, H, L]`."""
+    to_q, to_k, to_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for tile in _tiles(block, q.shape[0], q.shape[1], how, delta.dtype):
+        rows, queries, keys = tile.rows, tile.queries, tile.keys
+        dq, dk, dv = _tile_backward(
+            q[rows, :, queries], k[rows, :, keys], v[rows, :, keys], g[rows, :, queries], delta[rows, :, queries],
+            tile, how,
+        )  # fmt: skip
+        to_q[rows, :, queries] = dq
+        to_k[rows, :, keys] += dk
+        to_v[rows, :, keys] += dv
+    return to_q, to_k, to_v
 
-    def flat(x: Tensor) -> Tensor:
-        return x.reshape(groups * key_heads, -1, x.shape[-1])
 
-    q, k, v, g = flat(q), flat(k), flat(v), flat(g)
-    exact = delta.dtype
-    scores = torch.bmm(q.to(exact), k.to(exact).transpose(1, 2)).mul_(scaling).view(shape)
-    weights = (scores if hidden is None else scores.add_(hidden)).softmax(-1)
-    slopes = torch.bmm(g, v.transpose(1, 2)).view(shape).to(exact).sub_(delta[..., None]).mul_(weights).mul_(scaling)
-    weights, slopes = (
-        flat(weights.view(groups, key_heads, -1, keys).to(low)),
-        flat(slopes.view(groups, key_heads, -1, keys).to(low)),
-    )
-    to_v = torch.bmm(weights.transpose(1, 2), g)
-    to_q, to_k = torch.bmm(slopes, k), torch.bmm(slopes.transpose(1, 2), q)
-    back = (groups, key_heads, keys, width)
-    return to_q.view(groups, heads, queries, width), to_k.view(back), to_v.view(back)
+def _tile_backward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, delta: Tensor, tile: Tile, how: How
+) -> tuple[Tensor, Tensor, Tensor]:
+    weights = _weights(q, k, tile, how)
+    grads, low = _joined(g, k), q.dtype
+    slopes = torch.bmm(grads, v.flatten(0, 1).transpose(1, 2)).view(weights.shape).to(weights.dtype)
+    dropped = weights
+    if how.dropout:
+        kept = _kept(weights.shape, tile, how).to(weights.dtype).div_(1 - how.dropout)
+        slopes, dropped = slopes.mul_(kept), weights * kept
+    slopes = _joined(slopes.sub_(delta[..., None]).mul_(weights).mul_(how.scaling).to(low), k)
+    to_v = torch.bmm(_joined(dropped.to(low), k).transpose(1, 2), grads)
+    to_q, to_k = torch.bmm(slopes, k.flatten(0, 1)), torch.bmm(slopes.transpose(1, 2), _joined(q, k))
+    return to_q.view(q.shape), to_k.view(k.shape), to_v.view(v.shape)

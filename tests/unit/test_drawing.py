@@ -1,4 +1,4 @@
-"""Drawing a token: the distribution is softmax's, what was cut is never drawn, and a row depends on its stream alone."""
+"""Drawing a token: softmax's distribution, what was cut is never drawn, and a row depends on its stream alone."""
 
 from __future__ import annotations
 

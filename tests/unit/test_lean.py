@@ -149,3 +149,21 @@ def test_rows_are_brought_to_a_round_size_that_nobody_sees(tokens: tuple[int, ..
     assert len(together) == sum(tokens)
     assert seen[0] % 8 == 0 and sum(tokens) <= seen[0] <= max(sum(tokens) * 17 / 16, sum(tokens) + 8)
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_is_replaced_and_draws_what_it_should() -> None:
+    holder = nn.ModuleDict({"drop": nn.Dropout(0.1)}).train()
+    lean.make_lean(holder, torch.float32)
+    assert isinstance(holder["drop"], lean.LeanDropout) and holder["drop"].training
+    rows = torch.ones(400, 300, requires_grad=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        out = holder["drop"](rows)
+        torch.manual_seed(0)
+        assert torch.equal(out, holder["drop"](rows)), "the step's seed decides"
+        assert not torch.equal(out, holder["drop"](rows))
+    assert abs(float((out == 0).float().mean()) - 0.1) < 0.005
+    assert set(out.detach().unique().tolist()) == {0.0, float(torch.tensor(1 / 0.9))}
+    (gradient,) = torch.autograd.grad(out.sum(), rows)
+    assert torch.equal(gradient, out.detach())
+    assert torch.equal(holder["drop"].eval()(rows), rows)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tunesmith import ops
-from tunesmith.ops_attention import block_attention, blocks_of
+from tunesmith.ops_attention import block_attention, blocks_of, keep_mask
 from tunesmith.ops_norm import rms_norm
 
 LENGTHS = [(7,), (5, 5, 5), (9, 3, 8, 1, 6, 9), (40, 2, 39, 17)]
@@ -87,12 +87,12 @@ def test_every_token_has_one_place() -> None:
         assert min(lengths) >= 0.7 * block.longest
 
 
-def test_packed_attention_takes_blocks_where_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_attention_takes_blocks_measured_or_trained_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = (9, 3, 8)
     query, key, value, _ = drawn(lengths, torch.float32)
     measured = ops.packed_attention(query, key, value, lengths, causal=True, window=None)
     trained = ops.packed_attention(query.requires_grad_(), key, value, lengths, causal=True, window=None)
-    torch.testing.assert_close(measured, trained, rtol=1e-5, atol=1e-6)
+    assert torch.equal(measured, trained)
 
     def refuse(*_: object, **__: object) -> Tensor:
         raise AssertionError("blocks")
@@ -102,6 +102,38 @@ def test_packed_attention_takes_blocks_where_it_trains(monkeypatch: pytest.Monke
         ops.packed_attention(query, key, value, lengths, causal=True, window=None)
     ops.packed_attention(query, key, value, lengths, causal=True, window=4)
     ops.packed_attention(query, key, value, lengths, causal=True, window=None, softcap=5.0)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_dropout_drops_weights_by_one_mask_both_ways(causal: bool) -> None:
+    """Linear in the values: with unit vectors as values the output is the dropped weights themselves."""
+    tokens = 16
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 2, tokens, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    value = torch.eye(tokens, dtype=torch.float64).expand(1, 2, tokens, tokens)[..., :8].contiguous()
+
+    def answer(*inputs: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return block_attention(*inputs, (9, 7), causal=causal, scaling=0.3, dropout=0.25)
+
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    assert torch.autograd.gradcheck(answer, leaves, atol=1e-6)
+    with torch.random.fork_rng():
+        weights = answer(query, key, value).detach()
+        whole = block_attention(query, key, value, (9, 7), causal=causal, scaling=0.3).detach()
+    kept = weights != 0
+    torch.testing.assert_close(weights[kept], whole[kept] / 0.75, rtol=1e-12, atol=1e-14)
+    assert 0.1 < float((whole[~kept] != 0).sum() / (whole != 0).sum()) < 0.4
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5, 0.01])
+def test_a_mask_keeps_the_share_that_was_asked_for_at_every_place(dropout: float) -> None:
+    mask = keep_mask((1000, 401), dropout, torch.Generator().manual_seed(0))
+    spread = 5 * (dropout * (1 - dropout)) ** 0.5
+    assert abs(float((~mask).float().mean()) - dropout) < spread / 401_000**0.5
+    for place in range(4):
+        part = (~mask).flatten()[place::4].float()
+        assert abs(float(part.mean()) - dropout) < spread / len(part) ** 0.5
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 Frozen linears are held in the type their products run in, instead of being rounded to it at every product; norms run
 in a few passes and answer in that type, so that the linears behind one share one copy of their input; of a gated MLP
-gate and up are kept for the backward, and their product is made again.
+gate and up are kept for the backward, and their product is made again; dropout draws 16 bits an element.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.model.lora import LoraLinear, place
+from tunesmith.ops_attention import keep_mask
 from tunesmith.ops_norm import rms_norm
 
 AGREE = 1e-5
@@ -77,6 +78,21 @@ class LeanGatedMLP(nn.Module):
             return self.down_proj(inner)
 
 
+class LeanDropout(nn.Module):
+    """`nn.Dropout` whose masks take 16 random bits an element and one byte in memory (docs/log.md)."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[...] -> [...]; what is kept is divided by 1 - p."""
+        if not self.training or not self.p:
+            return hidden
+        kept = keep_mask(hidden.shape, self.p).to(hidden.device)
+        return (hidden * (1 / (1 - self.p))).masked_fill(~kept, 0.0)
+
+
 class _Gated(torch.autograd.Function):
     """silu(gate) · up; keeps the two."""
 
@@ -96,12 +112,15 @@ def make_lean(backbone: nn.Module, compute: torch.dtype) -> None:
     """Prepare a backbone, whose trained parameters are already chosen, for training with products in `compute`."""
     if compute != torch.float32:
         narrow_frozen(backbone, compute)
+    on_device = any(parameter.device.type != "cpu" for parameter in backbone.parameters())
     for name, module in list(backbone.named_modules()):
         lean = None
         if type(module).__name__.endswith("RMSNorm"):
             lean = _lean_norm(module)
         elif type(module).__name__.endswith("MLP"):
             lean = _lean_mlp(module)
+        elif type(module) is nn.Dropout and module.p and not on_device:
+            lean = LeanDropout(module.p)
         if lean is not None:
             place(backbone, name, lean.train(module.training))
 

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import ModelError, several
 from tunesmith.model.quantize import QuantizedLinear
+from tunesmith.ops_attention import keep_mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +111,8 @@ def _rows(x: Tensor) -> Tensor:
 
 def _mask(like: Tensor, rate: float, seed: int) -> Tensor:
     """The dropout mask of `seed`, already divided by 1 - rate: made again in the backward instead of kept."""
-    generator = torch.Generator(like.device).manual_seed(seed)
-    keep = torch.empty(like.shape, dtype=torch.float32, device=like.device)
-    return keep.bernoulli_(1.0 - rate, generator=generator).div_(1.0 - rate).to(like.dtype)
+    kept = keep_mask(like.shape, rate, torch.Generator().manual_seed(seed)).to(like.device)
+    return kept.to(like.dtype).div_(1.0 - rate)
 
 
 class LoraLinear(nn.Module):
