@@ -15,6 +15,7 @@ from pathlib import Path
 
 PARTS = {
     "reliability": "kills, cut-off saves, full disks, damaged files, planted bugs (about 30 minutes)",
+    "planted_faults": "faults of each kind in four real sets: planted, found, false alarms, gates (about 2 minutes)",
     "pretrain": "5,000 unlabelled reviews: bits per byte before and after (about 10 minutes)",
     "sft": "1,000 instructions: do completions end by themselves (about 5 minutes)",
     "reward": "reward models on two sets of preferences, against length and a bag of words (about 5 minutes)",

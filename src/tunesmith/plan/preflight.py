@@ -31,7 +31,7 @@ class Gate:
 GATES = (
     Gate("overlap", 0.0, "of the held-out rows also stand in training",
          "what is measured on them is memory",
-         "take them out of one of the two, or let data.split make the eval set"),
+         "take them out of one of the two, or let data.split make the eval set (data.on_overlap: allow trains too)"),
     Gate("conflicts", 0.10, "of the training rows contradict an earlier row",
          "no model can be right about both",
          "keep one label for each text, one order for each pair"),
