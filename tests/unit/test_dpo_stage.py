@@ -157,7 +157,7 @@ def test_a_checkpoint_is_chosen_by_the_reward_of_completions(made: Made, stage: 
         data = {"train": "answers.jsonl", "eval": "held.jsonl"}
     how = recipe(
         stage, data=data, reward={"contains": "good"}, train={"select_by": "reward", "eval_every": 2},
-        evaluate={"generate": {"max_tokens": 6, "examples": 6}},
+        evaluate={"generate": {"max_tokens": 6, "examples": 6}}, preflight={"allow": ["one_class"]},
     )  # fmt: skip
     result = api.train(how, run=f"chosen-{stage}")
     lines = (made[0] / f"runs/chosen-{stage}/evaluations.jsonl").read_text().splitlines()
