@@ -24,6 +24,7 @@ PARTS = {
     "toy_reward": "grpo and ppo on a task whose optimum is known (about 2 minutes)",
     "ppo": "towards positive reviews: three seeds, three prices of the KL, fluency (about 5 minutes)",
     "grpo": "the same by grpo (about 4 minutes)",
+    "row_losses": "5 % of the labels flipped: how many are found by what rows cost (about 8 minutes)",
     "learning_curve": "100, 300 and 1,000 examples, tuned against from scratch (about 15 minutes)",
     "embedded_base": "the base that comes with the program, beside story models, gzip and 5-grams (about 10 minutes)",
     "plan_error": "the memory plan against real runs, 36 of them (about 15 minutes)",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.api_preferences import rank as rank
 from tunesmith.api_preferences import sample as sample
 from tunesmith.api_preferences import winrate as winrate
+from tunesmith.api_rows import runs_rows as runs_rows
 from tunesmith.api_trust import compare as compare
 from tunesmith.api_trust import plan as plan
 from tunesmith.api_trust import selftest as selftest

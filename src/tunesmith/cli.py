@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tunesmith import cli_preferences, cli_trust
+from tunesmith import cli_preferences, cli_rows, cli_trust
 from tunesmith.cli_output import (
     Progress,
     check_lines,
@@ -348,3 +348,4 @@ def _finite(value: Any) -> Any:
 
 cli_preferences.register(app, _give, _say)
 cli_trust.register(app, _give, _say)
+cli_rows.register(runs_app, _give)

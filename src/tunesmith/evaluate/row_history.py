@@ -1,0 +1,158 @@
+"""What single rows cost over a run, and what that says of them: hard, never learned, probably mislabelled.
+
+A wrong label is found by what a model expects of a row before it has learned the row by heart. Two such opinions are
+added: the run's own, over all visits of the row (area under the margin, Pleiss and others, 2001.10528, eq. 1), and that
+of a bag of words that was fitted without the row (confident learning, 1911.00068, 3.1, on out-of-sample
+probabilities). `evidence/results/row_losses.md` has what each of them finds, and both together.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.errors import RunError
+from tunesmith.evaluate.linear import fit_logistic, tfidf
+
+Floats = NDArray[np.float64]
+FOLDS = 5
+STRENGTH = 3.0
+"""Inverse L2 strength of the bag of words."""
+LARGEST = 14.0
+"""Log-odds at which a loss near 0 is cut off: one in a million."""
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """One row's losses, nats, at the `steps` it was seen; 0 is before training. Parts of a split row are averaged."""
+
+    origin: str
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
+
+    @property
+    def first(self) -> float:
+        """At the first visit: what a model that has not seen the row makes of it."""
+        return self.losses[0]
+
+    @property
+    def last(self) -> float:
+        """At the last visit."""
+        return self.losses[-1]
+
+    @property
+    def mean(self) -> float:
+        """Over all visits."""
+        return sum(self.losses) / len(self.losses)
+
+    @property
+    def against(self) -> float:
+        """Mean log-odds against the row's label over its visits: minus the margin of two classes."""
+        return sum(map(log_odds, self.losses)) / len(self.losses)
+
+
+def log_odds(loss: float) -> float:
+    """log((1 - p) / p) from -log p: 0.6931 gives 0, 0.1054 (p = 0.9) gives -2.197."""
+    return max(-LARGEST, min(loss + math.log(max(-math.expm1(-loss), 1e-300)), LARGEST))
+
+
+def read_histories(path: Path) -> dict[str, History]:
+    """Origin -> history, from a file of row losses. `RunError` when a line is no such line."""
+    found: dict[str, dict[int, list[float]]] = {}
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                if not line.endswith("\n"):
+                    break  # still being written
+                entry = json.loads(line)
+                for name, rows in entry["rows"].items():
+                    for number, loss in rows:
+                        visits = found.setdefault(f"{name}:{number}", {})
+                        visits.setdefault(int(entry["step"]), []).append(float(loss))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} is damaged ({type(error).__name__}: {error}); the rows of this run cannot be listed "
+                       "from it") from None  # fmt: skip
+    return {
+        origin: History(origin, tuple(visits), tuple(sum(losses) / len(losses) for losses in visits.values()))
+        for origin, visits in found.items()
+    }
+
+
+def expensive(histories: Iterable[History]) -> list[History]:
+    """The rows that cost most at their last visit, the dearest first."""
+    return sorted(histories, key=lambda row: (-row.last, row.origin))
+
+
+def never_learned(histories: Iterable[History]) -> list[History]:
+    """Rows that at no visit cost as little as half of all rows did at their first, the dearest first.
+
+    Rows that were seen once only say nothing of learning and are left out.
+    """
+    seen = [row for row in histories if len(row.losses) > 1]
+    if not seen:
+        return []
+    usual = float(np.median([row.first for row in seen]))
+    found = [row for row in seen if min(row.losses) > usual]
+    return sorted(found, key=lambda row: (-min(row.losses), row.origin))
+
+
+def outside_opinion(texts: Sequence[str], labels: Sequence[str], also: Sequence[tuple[str, str]] = ()) -> Floats:
+    """Log-odds against each row's label `[n]` by a bag of words fitted on the other four fifths of the rows.
+
+    TF-IDF weights of words and of neighbouring words, and logistic regression; rows are dealt to the folds label by
+    label. `also` are further (text, label) rows, such as the held-out ones, that every fold is fitted on.
+    """
+    also = [row for row in also if row[1] in set(labels)]
+    names = sorted(set(labels))
+    truth = np.asarray([names.index(label) for label in [*labels, *(label for _, label in also)]])
+    count = len(texts)
+    order = np.random.default_rng(count).permutation(count)
+    fold = np.full(len(truth), -1)
+    fold[order[np.argsort(truth[order], kind="stable")]] = np.arange(count) % min(FOLDS, count)
+    words, _ = tfidf(_words_and_pairs([*texts, *(text for text, _ in also)]), [])
+    against = np.zeros(count)
+    for k in range(fold.max() + 1):
+        held = fold == k
+        weights = fit_logistic(words[~held], truth[~held], len(names), STRENGTH)
+        scores = words[held] @ weights[:-1] + weights[-1]
+        logs = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
+        against[held[:count]] = [log_odds(-float(row[y])) for row, y in zip(logs, truth[held], strict=True)]
+    return against
+
+
+def _words_and_pairs(texts: Sequence[str]) -> list[str]:
+    """The words of each text and, joined, every two neighbours; what only one text has is left out."""
+    every = []
+    for text in texts:
+        words = re.findall(r"\w+", text.lower())
+        every.append([*words, *(f"{a}_{b}" for a, b in pairwise(words))])
+    often = Counter(word for words in every for word in set(words))
+    return [" ".join(word for word in words if often[word] > 1) for words in every]
+
+
+def suspicion(own: Sequence[float], outside: Sequence[float] | None = None) -> Floats:
+    """How much speaks against each row's label `[n]`: opinions, each over its own spread, added."""
+    total = _scaled(np.asarray(own))
+    return total if outside is None else total + _scaled(np.asarray(outside))
+
+
+def _scaled(values: Floats) -> Floats:
+    return values / (values.std() or 1.0)
+
+
+def found_among(suspicions: Mapping[str, float], planted: Iterable[str], share: float = 0.05) -> float:
+    """Share of the most suspicious `share` of the rows that really are `planted`."""
+    wanted = set(planted)
+    top = sorted(suspicions, key=lambda origin: (-suspicions[origin], origin))[: round(share * len(suspicions))]
+    return sum(origin in wanted for origin in top) / max(len(top), 1)
