@@ -102,7 +102,7 @@ def _in_blocks(query: Tensor, sizes: list[int], window: int | None, options: dic
 
     Measured or trained, the way is the same, so that a policy's ratio to itself is exactly 1.
     """
-    if query.device.type != "cpu" or options.get("softcap") is not None:
+    if query.device.type != "cpu" or query.shape[0] != 1 or options.get("softcap") is not None:
         return False
     longest = max(sizes)
     return (window is None or window >= longest) and (longest <= BLOCK_TOKENS or bool(options.get("dropout")))

@@ -84,7 +84,7 @@ def test_the_variants_run_and_are_not_the_same(tmp_path: Path, variant: str):
 
 
 def test_groups_without_signal_are_left_out(tmp_path: Path):
-    settings = recipe(tmp_path, "grpo", reward={"regex": "a"}, train={"steps": 1})
+    settings = recipe(tmp_path, "grpo", reward={"regex": "e"}, train={"steps": 1})
     settings["grpo"] = {"prompts": 4, "group": 4, "filter_groups": True}
     run = train(tmp_path, settings)
     step, rows = lines(run)[0], lines(run, "rollouts")

@@ -102,6 +102,8 @@ def test_packed_attention_takes_blocks_measured_or_trained_alike(monkeypatch: py
         ops.packed_attention(query, key, value, lengths, causal=True, window=None)
     ops.packed_attention(query, key, value, lengths, causal=True, window=4)
     ops.packed_attention(query, key, value, lengths, causal=True, window=None, softcap=5.0)
+    several = [x.detach().expand(3, -1, -1, -1) for x in (query, key, value)]
+    assert ops.packed_attention(*several, (20,), causal=True, window=None).shape == several[0].shape
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -61,11 +61,11 @@ def test_control_a_leak_between_segments_is_seen(sft, monkeypatch):
 
     def leaking(query, key, value, lengths, **options):
         calls.append(len(lengths))
-        whole = (sum(lengths),) if len(lengths) == 8 else lengths
+        whole = (sum(lengths),) if len(lengths) >= 8 else lengths  # eight rows, perhaps one that rounds
         return real(query, key, value, whole, **options)
 
     monkeypatch.setattr(attention, "packed_attention", leaking)
-    assert "packed is one by one" in failed(api.selftest(sft)) and 8 in calls
+    assert "packed is one by one" in failed(api.selftest(sft)) and max(calls) >= 8
 
 
 def test_control_a_wrong_merge_is_seen(sft, monkeypatch):

@@ -22,6 +22,7 @@ from tunesmith.evaluate.likelihood import evaluating, token_batches
 from tunesmith.model.folder import resolve
 from tunesmith.model.hashing import weights_hash
 from tunesmith.model.language import LanguageModel
+from tunesmith.model.lean import make_lean
 from tunesmith.model.load import load_tokenizer
 from tunesmith.model.score import ScoreModel
 from tunesmith.model.trainable import Trainable, make_trainable
@@ -87,6 +88,7 @@ def open_tuned(run: RunDir, *, device: str = "cpu", precision: str = "float32", 
     _refuse_changed_base(run, inputs["base"], base, recipe.trust_remote_code)
     backbone = load_model(recipe, base, labels)
     trainable = make_trainable(backbone, trainable_spec(recipe, origin))
+    make_lean(backbone, torch.bfloat16 if precision == "bfloat16" else torch.float32)  # as it was trained and measured
     model = wrap(recipe.stage, backbone, precision)
     tensors, _ = load_checkpoint(folder)
     _put_in(model, tensors, run)
