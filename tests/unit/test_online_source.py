@@ -107,7 +107,7 @@ def test_tokens_of_a_completion_are_those_that_predict_it():
     ]
     batch = collate(samples)
     rows = torch.zeros(4, 3)
-    take_tokens(rows, batch, [3, 1], [2, 2], torch.arange(8.0)[None])
+    take_tokens(rows, batch, [3, 1], counts=[2, 2], values=torch.arange(8.0)[None])
     assert rows.tolist() == [[0, 0, 0], [5, 6, 0], [0, 0, 0], [2, 3, 0]]
     assert torch.equal(batch.weights[0].nonzero().flatten(), torch.tensor([2, 3, 5, 6]))
 

@@ -23,7 +23,7 @@ class Limits:
 
 
 def encode_answers(
-    record: Pair | Ranking, tokenizer: Any, marks: Marks, limits: Limits, tally: Counter[str]
+    record: Pair | Ranking, tokenizer: Any, marks: Marks, *, limits: Limits, tally: Counter[str]
 ) -> list[Sample]:
     """One sample per answer, of one group; only the answer has weight. `label` is (rank, margin): 1 is the best, and a
     pair's margin, 0 without one, says how much better its better answer is.

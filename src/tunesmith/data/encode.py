@@ -65,7 +65,7 @@ class Encoder:
             return self._labelled(record)
         if isinstance(record, Pair | Ranking) and self.stage in ("reward", "dpo"):
             limits = Limits(self.max_length, self.on_too_long)
-            return encode_answers(record, self.tokenizer, self._marks, limits, self.tally)
+            return encode_answers(record, self.tokenizer, self._marks, limits=limits, tally=self.tally)
         text = record.text if isinstance(record, Text | Labelled) else None
         if text is None:
             raise DataError(f"stage {self.stage} cannot train on a {type(record).__name__} row")

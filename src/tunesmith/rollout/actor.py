@@ -102,7 +102,7 @@ def _rates(module: nn.Module) -> list[str]:
     return keys + (["p"] if isinstance(module, nn.Dropout) and module.p > 0 else [])
 
 
-def take_tokens(rows: Tensor, batch: Batch, indices: Sequence[int], counts: Sequence[int], values: Tensor) -> None:
+def take_tokens(rows: Tensor, batch: Batch, indices: Sequence[int], *, counts: Sequence[int], values: Tensor) -> None:
     """Write the completion tokens of `values [1, T]` of a flat `batch` into `rows [N, T]`, segment s into row
     `indices[s]`; its completion has `counts[s]` tokens, the last before the segment's end.
 

@@ -200,7 +200,7 @@ class OnlineSource:
             for part in self._packed(bare, self._chosen(bare, inside)):
                 batch = collate([bare.samples[i] for i in part])
                 for name, values in self._answers(batch).items():
-                    take_tokens(rows[name], batch, part, [counts[i] for i in part], values.cpu())
+                    take_tokens(rows[name], batch, part, counts=[counts[i] for i in part], values=values.cpu())
                     found.add(name)
         mask = (torch.arange(width)[None] < torch.tensor(counts)[:, None]).float()
         sampled = padded((played.rollouts[i].logprobs for i in kept), width)

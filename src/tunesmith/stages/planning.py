@@ -26,7 +26,7 @@ OTHERS = (
 
 
 def plan(resolved: Resolved, *, on: str | None, price: float | None, say: Say) -> dict[str, Any]:
-    """`{memory, fits, flops, seconds, methods, devices, ...}`; see docs/plan.md. Raises what preparing would raise."""
+    """`{memory, fits, flops, seconds, methods, devices, ...}`; see docs/trust.md. Raises what preparing would raise."""
     recipe = resolved.recipe
     target = _target(on)
     device = settled_device(recipe.device)
