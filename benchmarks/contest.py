@@ -16,6 +16,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 WARM_UP_STEPS = 2
+GROUP = 4
+"""Completions of a prompt in grpo."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,11 @@ def _ours(work: Work, folder: Path) -> list[str]:
     }  # fmt: skip
     if work.kind == "classify":
         recipe["data"]["on_too_long"] = "truncate_left"
+    if work.kind == "grpo":
+        recipe["reward"] = {"length": {"target": work.max_tokens}}
+        recipe["sampling"] = {"max_tokens": work.max_tokens, "continue_prompt": True}
+        recipe["grpo"] = {"prompts": work.batch // GROUP, "group": GROUP}
+        del recipe["train"]["batch_examples"]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return [sys.executable, "-m", "tunesmith", "train", "recipe.yaml", "--run", str(folder / "run"), "--json"]
 
@@ -119,7 +126,8 @@ def _spec(work: Work, contestant: Contestant, folder: Path) -> Path:
     spec = {
         "kind": work.kind, "model": str(work.model), "data": str(work.data), "method": work.method,
         "batch": work.batch, "steps": work.steps, "learning_rate": work.learning_rate, "precision": work.precision,
-        "threads": work.threads, "max_tokens": work.max_tokens, "settings": dict(contestant.settings),
+        "threads": work.threads, "max_tokens": work.max_tokens, "group": GROUP,
+        "settings": dict(contestant.settings),
         "output": str(folder / "peer"),
     }  # fmt: skip
     path = folder / "spec.json"
@@ -133,7 +141,7 @@ def _outcome(work: Work, contestant: Contestant, stdout: str, folder: Path, wall
         timings, metrics = (_rows(folder / "run" / name) for name in ("timings.jsonl", "metrics.jsonl"))
         answer = {
             "seconds": [row["seconds"] for row in timings],
-            "tokens": [row["tokens"] for row in timings],
+            "tokens": [_tokens(work, row["tokens"]) for row in timings],
             "losses": [row["loss"] for row in metrics],
             "peak_memory_bytes": answer["peak_memory_bytes"],
         }
@@ -143,6 +151,11 @@ def _outcome(work: Work, contestant: Contestant, stdout: str, folder: Path, wall
     return Outcome(
         statistics.median(rates), answer["peak_memory_bytes"], tuple(answer["losses"]), wall, before_training
     )
+
+
+def _tokens(work: Work, seen: int) -> int:
+    """Tokens of a step: those of its rows; where they are sampled, what is asked for (no one ends before it)."""
+    return work.batch * work.max_tokens if work.kind == "grpo" else seen
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -92,6 +92,17 @@ def sampling(shape: str) -> Part:
     return Part(work, (OURS, Contestant("generate")), agree_steps=0)
 
 
+def grpo() -> Part:
+    """8 prompts x 4 rollouts x 64 tokens: sampled, rewarded by length and learned from, one step each."""
+    model, vocabulary = model_folder(CACHE, "15M"), SHAPES["15M"].vocabulary
+    work = Work("grpo", "grpo", model, rows_file(CACHE, "prompts", 64, vocabulary), "lora", 32, steps=5)
+    return Part(
+        work,
+        (OURS, Contestant("TRL default"), Contestant("TRL no checkpointing", {"gradient_checkpointing": False})),
+        agree_steps=0,
+    )
+
+
 def startup() -> Part:
     """From the command to the end of the first step, 20,000 rows, nothing cached."""
     model = model_folder(CACHE, "15M")
@@ -106,6 +117,7 @@ PARTS: Mapping[str, Callable[[], Part]] = {
     "classify": classify,
     "dpo": lambda: preference("dpo", "dpo"),
     "reward": lambda: preference("reward", "reward"),
+    "grpo": grpo,
     "sampling_15M": lambda: sampling("15M"),
     "sampling_135M": lambda: sampling("135M"),
     "startup": startup,

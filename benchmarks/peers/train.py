@@ -67,6 +67,8 @@ def token_counter(trainer, counts: list[int]):
     prepare = trainer._prepare_inputs
 
     def counting(inputs):
+        if not isinstance(inputs, dict):
+            return prepare(inputs)
         mask = inputs.get("attention_mask")
         ids = inputs.get("input_ids")
         counts.append(int(mask.sum()) if mask is not None else (ids.numel() if ids is not None else 0))
@@ -92,9 +94,12 @@ def build(spec: dict, clock: Clock):
     else:
         model, lora = AutoModelForCausalLM.from_pretrained(spec["model"]), adapter(spec, "CAUSAL_LM", ALL_LINEAR)
     extra = {"reward_funcs": lambda completions, **_: [float(len(c)) for c in completions]} if kind == "grpo" else {}
+    more = {}
+    if kind == "grpo":
+        more = {"num_generations": spec["group"], "max_completion_length": spec["max_tokens"], "beta": 0.04}
     return trainer(
         model=model,
-        args=config(**common(spec)),
+        args=config(**common(spec), **more),
         train_dataset=data,
         processing_class=tokenizer,
         peft_config=lora,
@@ -127,6 +132,8 @@ def main() -> None:
     trainer.train()
     each = len(counts) // max(1, len(clock.seconds))
     tokens = [sum(counts[i * each : (i + 1) * each]) for i in range(len(clock.seconds))]
+    if spec["kind"] == "grpo":
+        tokens = [spec["batch"] * spec["max_tokens"]] * len(clock.seconds)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"seconds": clock.seconds, "tokens": tokens, "losses": clock.losses, "peak_memory_bytes": peak}))
