@@ -27,6 +27,8 @@ Floats = NDArray[np.float64]
 FOLDS = 5
 STRENGTH = 3.0
 """Inverse L2 strength of the bag of words."""
+ROUNDS, DOUBTED = 2, 0.05
+"""Fits in turn, and the share of the rows that the next one is not fitted on."""
 LARGEST = 14.0
 """Log-odds at which a loss near 0 is cut off: one in a million."""
 
@@ -111,7 +113,8 @@ def outside_opinion(texts: Sequence[str], labels: Sequence[str], also: Sequence[
     """Log-odds against each row's label `[n]` by a bag of words fitted on the other four fifths of the rows.
 
     TF-IDF weights of words and of neighbouring words, and logistic regression; rows are dealt to the folds label by
-    label. `also` are further (text, label) rows, such as the held-out ones, that every fold is fitted on.
+    label. The rows least believed are then left out of a second fit, which wrong labels disturb less (1911.00068, 4).
+    `also` are further (text, label) rows, such as the held-out ones, that every fold is fitted on.
     """
     also = [row for row in also if row[1] in set(labels)]
     names = sorted(set(labels))
@@ -121,13 +124,15 @@ def outside_opinion(texts: Sequence[str], labels: Sequence[str], also: Sequence[
     fold = np.full(len(truth), -1)
     fold[order[np.argsort(truth[order], kind="stable")]] = np.arange(count) % min(FOLDS, count)
     words, _ = tfidf(_words_and_pairs([*texts, *(text for text, _ in also)]), [])
-    against = np.zeros(count)
-    for k in range(fold.max() + 1):
-        held = fold == k
-        weights = fit_logistic(words[~held], truth[~held], len(names), STRENGTH)
-        scores = words[held] @ weights[:-1] + weights[-1]
-        logs = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
-        against[held[:count]] = [log_odds(-float(row[y])) for row, y in zip(logs, truth[held], strict=True)]
+    against, trusted = np.zeros(count), np.ones(len(truth), np.bool_)
+    for _ in range(ROUNDS):
+        trusted[:count] = against <= np.quantile(against, 1 - DOUBTED) if against.any() else True
+        for k in range(fold.max() + 1):
+            held, fitted = fold == k, (fold != k) & trusted
+            weights = fit_logistic(words[fitted], truth[fitted], len(names), STRENGTH)
+            scores = words[held] @ weights[:-1] + weights[-1]
+            logs = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
+            against[held[:count]] = [log_odds(-float(row[y])) for row, y in zip(logs, truth[held], strict=True)]
     return against
 
 
