@@ -253,7 +253,6 @@ def refusals(where: Place, films: Set, instructions: Set, dialogues: Set) -> lis
     spoken = [{**r, "prompt": f"{r['prompt']}</s>"} for r in instructions.train]
     doubled = [{**r, "prompt": f"<s>{r['prompt']}"} for r in instructions.train]
     silent = [{**r, "completion": "Yes."} for r in instructions.train]
-    padded = [{"prompt": f"{films.train[i]['text']} " * 6, "completion": "A"} for i in range(100)]
     wordless = str(where.asset("models/tinystories-656K"))
     cyrillic = [{**row, "text": "".join(chr(0x430 + ord(c) % 32) for c in row["text"])} for row in films.train]
     cases: list[tuple[str, str, Set, Rows, Rows, dict[str, Any]]] = [
@@ -271,8 +270,6 @@ def refusals(where: Place, films: Set, instructions: Set, dialogues: Set) -> lis
          {"max_length": 40, "on_too_long": "truncate_right"}),
         ("rows above 40 tokens dropped", "rows_left", instructions, instructions.train, instructions.held_out,
          {"max_length": 40, "on_too_long": "drop"}),
-        ("long prompts with an answer of one letter", "trained_share", instructions, padded, instructions.held_out,
-         {"base": "tunesmith/reviews-1m", "max_length": 1024}),
         ("a script that the tokenizer does not have", "unknown_tokens", films, cyrillic, films.held_out,
          {"base": wordless}),
     ]  # fmt: skip
@@ -298,8 +295,11 @@ def main() -> None:
         "*Found* are planted rows that the page names, *other rows told* are rows that it names although nothing was "
         "planted there and the clean file did not make it name them. *Told of the clean file* is what the data has of "
         "its own.",
+        "A near duplicate shares 80 % of the runs of 5 tokens with an earlier row. One changed word touches five runs "
+        "or more: of a row of 60 words it leaves enough, of one of 20 words it does not.",
         table(head, planted),
-        "Files that are at fault as a whole. Every clean file above passes every gate.",
+        "Files that are at fault as a whole. Every clean file above passes every gate. `trained_share` needs rows of "
+        "more tokens than these bases take, `memory` a larger base: both are tried in tests/unit/test_preflight.py.",
         table(gates, whole),
         f"Made in {time.perf_counter() - started:.0f} seconds.",
     )  # fmt: skip
