@@ -66,7 +66,7 @@ def test_a_limit_in_force_is_kept_by_the_weights_the_run_ends_with(write, work, 
     kept = api.train(write("sft", base=BASE, forget=forget, train=train), run="kept")
     assert not kept["forget"]["base_kept"] and kept["forget"]["forgetting"] <= 0.03
     assert kept["forget"]["went_back"] > 0 and kept["forget"]["rate"] < 1
-    free = api.train(
+    api.train(
         write("sft", base=BASE, forget={**forget, "on_exceed": "go_on", "at_most": "1000%"}, train=train), run="free"
     )
     assert max(line["forgetting"] for line in evaluations(work, "free")) > 0.03, "the control forgets"

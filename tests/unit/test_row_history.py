@@ -94,5 +94,5 @@ def test_opinions_count_by_their_spread():
     one, other = [0.0, 1.0, 0.0], [0.0, 0.0, 900.0]
     assert suspicion(one).argmax() == 1
     both = suspicion(one, other)
-    assert both[1] == pytest.approx(both[2]), "a unit of one is not a hundredth of the other"
+    assert both[1] - both[0] == pytest.approx((both[2] - both[0]) / 2), "its scale is not what counts"
     assert list(suspicion([2.0, 2.0])) == [2.0, 2.0]
