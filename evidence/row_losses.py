@@ -112,12 +112,14 @@ def _report(found: list[tuple[str, int, int, dict[str, float]]]) -> str:
     rows = [(name, f"{n:,}", str(m), *(f"{p:.2f}" for p in values.values())) for name, n, m, values in found]
     return (
         f"{SHARE:.0%} of the training labels were flipped (seed {SEED}). The share of truly flipped ones among the "
-        f"{SHARE:.0%} of the rows that are least believed; by chance it is {SHARE:.2f}. Nothing was held against the "
-        "true labels before this table.\n\n" + table(head, rows) + "\n\n"
+        f"{SHARE:.0%} of the rows that are least believed; by chance it is {SHARE:.2f}. How the opinions are made and "
+        "weighed was chosen on these trials, among those of docs/log.md, so other data may give less.\n\n"
+        + table(head, rows)
+        + "\n\n"
         "First visit: the loss before the row was ever trained on. All visits: mean log-odds against the label over "
         "the run (area under the margin). Bag of words: words and pairs of words, fitted on the other rows in five "
-        "folds and on the held-out rows, whose labels were left alone. Both: the two opinions, each over its own spread, added, the run's own with "
-        "weight 1/2, which is what `tunesmith runs rows` lists."
+        "folds and on the held-out rows, whose labels were left alone. Both: the two opinions, each over its own "
+        "spread, added, the run's own with weight 1/2: what `tunesmith runs rows` lists."
     )
 
 

@@ -116,8 +116,9 @@ def outside_opinion(texts: Sequence[str], labels: Sequence[str], also: Sequence[
 
     Which words and pairs of neighbours a text has, each weighed by its naive Bayes log-count ratio, and logistic
     regression of every label against the rest (Wang and Manning, "Baselines and bigrams", ACL 2012, 2.2). Rows are
-    dealt to the folds label by label. Those least believed are left out of a second fit, which wrong labels disturb less
-    (1911.00068, 4). `also` are further (text, label) rows, such as the held-out ones, that every fold is fitted on.
+    dealt to the folds label by label. Those least believed are left out of a second fit, which wrong labels disturb
+    less (1911.00068, 4). `also` are further (text, label) rows, such as the held-out ones, that every fold is
+    fitted on.
     """
     also = [row for row in also if row[1] in set(labels)]
     names = sorted(set(labels))
