@@ -14,6 +14,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,17 +39,9 @@ class Block:
     real: Tensor | None
 
 
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """All segments of a flat row: `order [T]` is where each token lies in the blocks, one after the other."""
-
-    blocks: tuple[Block, ...]
-    order: Tensor
-
-
 @lru_cache(maxsize=64)
-def blocks_of(lengths: tuple[int, ...]) -> Blocks:
-    """The segments in blocks, longest first."""
+def _arranged(lengths: tuple[int, ...]) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
+    """((places, real) of each block, longest first) and where each token lies in the blocks, one after the other."""
     starts = [0, *accumulate(lengths)]
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -56,16 +49,25 @@ def blocks_of(lengths: tuple[int, ...]) -> Blocks:
             groups[-1].append(i)
         else:
             groups.append([i])
-    blocks, order, before = [], torch.empty(starts[-1], dtype=torch.long), 0
+    blocks, order, before = [], np.empty(starts[-1], np.int64), 0
     for group in groups:
-        sizes, first = [lengths[i] for i in group], torch.tensor([starts[i] for i in group])
-        steps = torch.arange(sizes[0])
-        real = steps[None] < torch.tensor(sizes)[:, None]
-        places = first[:, None] + steps
-        order[places[real]] = before + real.flatten().nonzero()[:, 0]
-        before += real.numel()
-        blocks.append(Block(sizes[0], torch.where(real, places, 0), None if min(sizes) == sizes[0] else real))
-    return Blocks(tuple(blocks), order)
+        steps = np.arange(lengths[group[0]])
+        real = steps < np.array([[lengths[i]] for i in group])
+        places = np.array([[starts[i]] for i in group]) + steps
+        order[places[real]] = before + np.flatnonzero(real)
+        before += real.size
+        blocks.append((np.where(real, places, 0), real))
+    return blocks, order
+
+
+def blocks_of(lengths: tuple[int, ...]) -> tuple[tuple[Block, ...], Tensor]:
+    """The segments in blocks, and `order [T]`, where each token lies in them, one block after the other."""
+    arranged, order = _arranged(lengths)
+    blocks = [
+        Block(places.shape[1], torch.from_numpy(places), None if real.all() else torch.from_numpy(real))
+        for places, real in arranged
+    ]
+    return tuple(blocks), torch.from_numpy(order)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,22 +109,20 @@ def block_attention(
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    how = How(causal, scaling, dropout, int(torch.randint(0, 2**62, ())) if dropout else 0)
+    how = How(causal, scaling, dropout, drawn_seed() if dropout else 0)
     return _BlockAttention.apply(query, key, value, tuple(lengths), how)  # type: ignore[no-any-return]
 
 
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], how: How) -> Tensor:
-        blocks = blocks_of(lengths)
+        blocks, order = blocks_of(lengths)
         with torch.autocast(query.device.type, enabled=False):
-            parts = [
-                (_dropped_forward if how.dropout else _forward)(
-                    *(_taken(x, block) for x in (query, key, value)), block, how
-                )
-                for block in blocks.blocks
-            ]
-        out = _put_back(parts, blocks.order)
+            parts = []
+            for block in blocks:
+                q, k, v = (_taken(x, block) for x in (query, key, value))
+                parts.append((_dropped_forward if how.dropout else _forward)(q, k, v, block, how))
+        out = _put_back(parts, order)
         ctx.save_for_backward(query, key, value, out)
         ctx.lengths, ctx.how = lengths, how
         return out
@@ -130,15 +130,22 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         query, key, value, out = ctx.saved_tensors
-        grad, blocks, found = grads[0].to(query.dtype), blocks_of(ctx.lengths), []
+        grad, found = grads[0].to(query.dtype), []
+        blocks, order = blocks_of(ctx.lengths)
         with torch.autocast(grad.device.type, enabled=False):
-            for block in blocks.blocks:
+            for block in blocks:
                 q, k, v, o, g = (_taken(x, block) for x in (query, key, value, out, grad))
                 if block.real is not None:
                     g.mul_(block.real[:, None, :, None])
                 delta = (g.to(_exact(g.dtype)) * o).sum(-1)
                 found.append(_block_backward(q, k, v, g, delta, block, ctx.how))
-        return (*(_put_back(parts, blocks.order) for parts in zip(*found, strict=True)), None, None)
+        return (*(_put_back(parts, order) for parts in zip(*found, strict=True)), None, None)
+
+
+def drawn_seed() -> int:
+    """A seed from torch's own stream; 0 where tensors are shapes alone, as they are in a plan."""
+    drawn = torch.randint(0, 2**62, ())
+    return int(drawn) if type(drawn) is Tensor else 0
 
 
 def keep_mask(shape: Sequence[int], dropout: float, generator: torch.Generator | None = None) -> Tensor:

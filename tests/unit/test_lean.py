@@ -167,3 +167,26 @@ def test_dropout_is_replaced_and_draws_what_it_should() -> None:
     (gradient,) = torch.autograd.grad(out.sum(), rows)
     assert torch.equal(gradient, out.detach())
     assert torch.equal(holder["drop"].eval()(rows), rows)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3", "gpt_neox", "modernbert"])
+def test_rotary_embeddings_answer_in_the_compute_type_and_only_there(family: str) -> None:
+    causal, seen = family in CAUSAL, []
+    backbone = (tiny_causal if causal else tiny_masked)(family)
+    expected, _ = step(copy.deepcopy(backbone), causal, torch.float32)
+    lean.make_lean(backbone, torch.bfloat16)
+    rotary = [m for m in backbone.modules() if type(m).__name__.endswith("RotaryEmbedding")]
+    assert rotary
+    rotary[0].register_forward_hook(lambda m, args, out: seen.append(out[0].dtype))
+    with lean.narrowed(backbone, torch.bfloat16):
+        assert len(rotary[0]._forward_hooks) == 2, "no second hook of the same kind"
+    found, _ = step(backbone, causal, torch.bfloat16)
+    assert seen[-1] == torch.bfloat16 and torch.float32 in seen, "the check at load is in fp32"
+    assert (found - expected).abs().max() < 0.3
+
+
+def test_hooks_of_sampling_are_taken_off_again() -> None:
+    backbone = tiny_causal("llama")
+    with lean.narrowed(backbone, torch.bfloat16):
+        assert backbone.model.rotary_emb._forward_hooks
+    assert not backbone.model.rotary_emb._forward_hooks

@@ -79,10 +79,11 @@ def test_many_tiles_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_token_has_one_place() -> None:
-    blocks = blocks_of((9, 3, 8, 1, 6, 9))
-    places = torch.cat([b.places[b.real] if b.real is not None else b.places.flatten() for b in blocks.blocks])
+    blocks, order = blocks_of((9, 3, 8, 1, 6, 9))
+    places = torch.cat([b.places[b.real] if b.real is not None else b.places.flatten() for b in blocks])
     assert sorted(places.tolist()) == list(range(36))
-    for block in blocks.blocks:
+    assert torch.equal(torch.cat([b.places.flatten() for b in blocks])[order], torch.arange(36))
+    for block in blocks:
         lengths = [block.longest] if block.real is None else block.real.sum(1).tolist()
         assert min(lengths) >= 0.7 * block.longest
 

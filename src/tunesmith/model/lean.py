@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tunesmith.model.lora import LoraLinear, place
 from tunesmith.ops_attention import keep_mask
@@ -112,6 +113,7 @@ def make_lean(backbone: nn.Module, compute: torch.dtype) -> None:
     """Prepare a backbone, whose trained parameters are already chosen, for training with products in `compute`."""
     if compute != torch.float32:
         narrow_frozen(backbone, compute)
+        _turn_in_compute_type(backbone)
     on_device = any(parameter.device.type != "cpu" for parameter in backbone.parameters())
     for name, module in list(backbone.named_modules()):
         lean = None
@@ -149,6 +151,7 @@ def narrowed(backbone: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """For a while, while weights stand still: linears round their fp32 weights to `dtype` once instead of at every
     product, and norms answer in it."""
     before = [] if dtype == torch.float32 else list(backbone.named_modules())
+    hooks = [] if dtype == torch.float32 else _turn_in_compute_type(backbone)
     replaced = []
     try:
         for name, module in before:
@@ -159,6 +162,24 @@ def narrowed(backbone: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for name, module in replaced:
             place(backbone, name, module)
+        for hook in hooks:
+            hook.remove()
+
+
+def _turn_in_compute_type(backbone: nn.Module) -> list[RemovableHandle]:
+    """Rotary embeddings answer in autocast's type, as they do in a model that is held in it: queries and keys stay
+    narrow while they are turned, and so does the KV cache."""
+    return [
+        module.register_forward_hook(_narrow_answer)
+        for module in backbone.modules()
+        if type(module).__name__.endswith("RotaryEmbedding") and _narrow_answer not in module._forward_hooks.values()
+    ]
+
+
+def _narrow_answer(module: nn.Module, inputs: Any, answer: Any) -> Any:
+    if not isinstance(answer, tuple) or not torch.is_autocast_enabled(answer[0].device.type):
+        return answer
+    return tuple(part.to(torch.get_autocast_dtype(part.device.type)) for part in answer)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import ModelError, several
 from tunesmith.model.quantize import QuantizedLinear
-from tunesmith.ops_attention import keep_mask
+from tunesmith.ops_attention import drawn_seed, keep_mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class _LoraFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, layer: LoraLinear, dtype: torch.dtype) -> Tensor:
         rate = layer.dropout if layer.training else 0.0
-        seed = int(torch.randint(0, 2**62, ())) if rate else None
+        seed = drawn_seed() if rate else None
         low = x.to(dtype)
         dropped = low if seed is None else low * _mask(low, rate, seed)
         inner = dropped @ a.to(dtype).t()
