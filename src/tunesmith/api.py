@@ -231,6 +231,18 @@ def predict(run: str | Path, texts: Sequence[str], *, max_tokens: int = 256) -> 
     return using.predict(model_run(open_run(run)), list(texts), max_tokens=max_tokens)
 
 
+def annotate(
+    run: str | Path, file: str | Path, to: str | Path, *, column: str | None = None, max_tokens: int = 256
+) -> list[dict[str, Any]]:
+    """`predict` on the rows of a file, which are written to the new file `to` with `prediction` and `correction`.
+
+    The file is training data as it stands: a correction that someone fills in counts instead of the row's answer.
+    """
+    from tunesmith.stages import annotating
+
+    return annotating.annotate(model_run(open_run(run)), file, Path(to), column=column, max_tokens=max_tokens)
+
+
 def read_texts(path: str | Path, column: str | None = None) -> list[str]:
     """The texts of a file for `predict`: a line each of a .txt, else `column` of its rows, or the one that is plain."""
     from tunesmith.data.column import read_column

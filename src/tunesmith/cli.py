@@ -213,6 +213,7 @@ def predict(
     *,
     file: Annotated[str | None, typer.Option("--file", help="A text a line, or rows of any data format.")] = None,
     column: Annotated[str | None, typer.Option("--column", help="Which column of the rows is the text.")] = None,
+    to: Annotated[str | None, typer.Option("--to", help="Also a JSONL file to correct and train on.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 256,
     as_json: AsJson = False,
 ) -> None:
@@ -221,6 +222,12 @@ def predict(
 
     if text is not None and file is not None:
         raise DataError("give one text or --file FILE, not both")
+    if to is not None:
+        if file is None:
+            raise DataError("--to writes the rows of a file back with predictions: name it with --file")
+        found = api.annotate(run, file, to, column=column, max_tokens=max_tokens)
+        _give(found, as_json, lambda rows: [_one_line(r["answer"]) for r in rows])
+        return
     if file is not None:
         texts = api.read_texts(file, column)
     else:

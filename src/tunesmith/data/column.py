@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tunesmith.data.files import DataFile
 from tunesmith.data.readers import kind_of, read_rows
@@ -18,9 +19,15 @@ def read_column(path: str | Path, column: str | None = None) -> list[str]:
 
     Raises `DataError` for a file that cannot be read, a row without that column, and when no column is plain.
     """
+    return [text for text, _, _ in read_texts_of_rows(path, column)]
+
+
+def read_texts_of_rows(path: str | Path, column: str | None = None) -> list[tuple[str, str, dict[str, Any]]]:
+    """`read_column` with the name of the column and all values of the row: `(text, name, values)` of every row."""
     file = DataFile.at(Path(path).expanduser())
     kind = kind_of(file)
-    texts, bad = [], []
+    texts: list[tuple[str, str, dict[str, Any]]] = []
+    bad = []
     for row in read_rows(file, "lines" if kind == "text" else kind):
         if isinstance(row, BadRow):
             bad.append(row)
@@ -32,7 +39,7 @@ def read_column(path: str | Path, column: str | None = None) -> list[str]:
             have = ", ".join(map(str, row.values)) or "none"
             wanted = f"no text in the column {column!r}" if column else "no column that is plainly the text"
             raise DataError(f"{row.origin}: {wanted}; the columns are {have}. Name one with --column")
-        texts.append(str(row.values[column]))
+        texts.append((str(row.values[column]), column, {str(name): value for name, value in row.values.items()}))
     if bad:
         raise refuse(bad)
     if not texts:

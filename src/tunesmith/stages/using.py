@@ -8,14 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tunesmith.data.encode import prompt_ids
 from tunesmith.data.records import read_records
 from tunesmith.data.templates import get_template
 from tunesmith.errors import DataError, ModelError, RecipeError, RunError
 from tunesmith.export.merge import export_run
 from tunesmith.export.publish import push, write_readme
-from tunesmith.export.verify import probe_ids
+from tunesmith.export.verify import agree, logits_of, probe_ids
 from tunesmith.model.load import base_record, load_config, load_tokenizer
+from tunesmith.model.quantize import quantized_as
 from tunesmith.model.score import ScoreModel
 from tunesmith.model.trainable import Trainable
 from tunesmith.plan.hardware import choose_device, choose_precision
@@ -171,20 +174,21 @@ def _own_labels(base: str, sets: Sets) -> tuple[str, ...]:
 
 def predict(run: RunDir, texts: Sequence[str], *, max_tokens: int = 256) -> list[dict[str, Any]]:
     """Labels with probabilities, or greedy completions, in the order of `texts`."""
-    return _answers(_opened(run), texts, max_tokens, 0.0, 0)
+    return answers(opened(run), texts, max_tokens, 0.0, 0)
 
 
 def chat(run: RunDir) -> Callable[..., str]:
     """The run opened once: `ask(prompt, max_tokens, temperature, seed)` gives a completion, or a classifier's label."""
-    tuned = _opened(run)
+    tuned = opened(run)
 
     def ask(prompt: str, max_tokens: int = 256, temperature: float = 0.0, seed: int = 0) -> str:
-        return str(_answers(tuned, [prompt], max_tokens, temperature, seed)[0]["answer"])
+        return str(answers(tuned, [prompt], max_tokens, temperature, seed)[0]["answer"])
 
     return ask
 
 
-def _opened(run: RunDir) -> Tuned:
+def opened(run: RunDir) -> Tuned:
+    """The finished run, where it was trained; `RecipeError` for a masked language model, which does not answer."""
     device, precision = settled(run, load_resolved(run.file("recipe")))
     tuned = open_tuned(run, device=device, precision=precision)
     if tuned.recipe.stage == "mlm":
@@ -192,9 +196,10 @@ def _opened(run: RunDir) -> Tuned:
     return tuned
 
 
-def _answers(
-    tuned: Tuned, texts: Sequence[str], max_tokens: int, temperature: float, seed: int
+def answers(
+    tuned: Tuned, texts: Sequence[str], max_tokens: int, temperature: float = 0.0, seed: int = 0
 ) -> list[dict[str, Any]]:
+    """`{text, answer}` for each text, a classifier's with probabilities."""
     if tuned.recipe.stage == "reward":
         raise RecipeError(f"{tuned.run.path} is a reward model: it scores answers to prompts and has none of its own; "
                           "measure it with `tunesmith eval`, or use it as `reward.run`")  # fmt: skip
@@ -255,10 +260,23 @@ def export(run: RunDir, to: Path, format: str, *, push_to: str | None, say: Say)
     agreement = (
         None if done.agreement is None else {"error": done.agreement.error, "tolerance": done.agreement.tolerance}
     )
-    return {
+    result = {
         "run": run.name,
         "format": format,
         "folder": str(done.folder),
         "bytes": done.num_bytes,
         "agreement": agreement,
     }
+    return result | _on_plain_base(run, tuned, probes, say)
+
+
+def _on_plain_base(run: RunDir, tuned: Tuned, probes: Sequence[Sequence[int]], say: Say) -> dict[str, Any]:
+    """How far the adapter of a quantised run is from what was trained where it stands on the base's own weights."""
+    kind = quantized_as(tuned.backbone)
+    if kind is None:
+        return {}
+    plain = open_tuned(run, quantized=False)
+    apart = agree(logits_of(tuned.backbone, probes), logits_of(plain.backbone, probes), torch.float32)
+    say(f"trained beside the base in {kind}; on the base's own weights the adapter's logits differ by "
+        f"{apart.error:.1e} of the largest, {apart.kl:.1e} nats a token; merged, it is what was trained")  # fmt: skip
+    return {"on_plain_base": {"trained_beside": kind, "error": apart.error, "kl": apart.kl}}

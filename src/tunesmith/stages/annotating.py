@@ -1,0 +1,71 @@
+"""Predictions as rows that a person corrects and that are training data as they stand: `predict --to`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tunesmith.data.column import read_texts_of_rows
+from tunesmith.data.records import read_records
+from tunesmith.data.templates import get_template, placeholders
+from tunesmith.errors import DataError
+from tunesmith.model.score import ScoreModel
+from tunesmith.rundir import RunDir, write_whole
+from tunesmith.stages import using
+from tunesmith.stages.finals import Tuned
+
+ANSWERS = ("label", "completion", "answer", "output")
+"""Roles of a format that hold what is learned."""
+
+
+def annotate(run: RunDir, file: str | Path, to: Path, *, column: str | None, max_tokens: int) -> list[dict[str, Any]]:
+    """Every row of `file` with the model's `prediction` and a `correction` of null, written to the new file `to`.
+
+    A row without an answer of its own gets the prediction as that. Returns what `predict` returns. Raises `DataError`
+    when `to` exists, since it may hold corrections already.
+    """
+    if to.exists():
+        raise DataError(f"{to} exists and may hold corrections: choose another name with --to, or remove it")
+    tuned = using.opened(run)
+    found = read_texts_of_rows(file, column or _asked_column(tuned))
+    predicted = using.answers(tuned, [text for text, _, _ in found], max_tokens)
+    answer = _answer_column(tuned, str(file))
+    rows = []
+    for (_, name, values), one in zip(found, predicted, strict=True):
+        kept = {key: value for key, value in values.items() if key not in ("prediction", "correction")}
+        given = kept.get(answer)
+        rows.append({
+            name: kept.pop(name), **kept, answer: one["answer"] if given is None else given,
+            "prediction": one["answer"], "correction": None,
+        })  # fmt: skip
+    write_whole(to, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
+    return predicted
+
+
+def _asked_column(tuned: Tuned) -> str | None:
+    """The one column that the run's template puts to the model; None without a template."""
+    if tuned.template is None:
+        return None
+    names = list(dict.fromkeys(placeholders(get_template(tuned.template).prompt)))
+    return names[0] if len(names) == 1 else None
+
+
+def _answer_column(tuned: Tuned, file: str) -> str:
+    """Where the answers of these rows stand, or are to stand."""
+    data = tuned.recipe.data
+    stage = "classify" if isinstance(tuned.model, ScoreModel) else "sft"
+    try:
+        columns = read_records(
+            file, stage=stage, format=data.format, columns=data.columns, template=tuned.template
+        ).columns
+    except DataError:
+        columns = {}
+    found = next((columns[role] for role in ANSWERS if role in columns), None)
+    if found is not None:
+        return found
+    if stage == "classify":
+        return "label"
+    learned: Sequence[str] = () if tuned.template is None else placeholders(get_template(tuned.template).completion)
+    return next(iter(learned), "response")
