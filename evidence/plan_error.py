@@ -84,7 +84,7 @@ def measured(recipe: dict, folder: Path) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one length and one batch size")
-    quick = parser.parse_args().quick
+    quick = parser.parse_known_args()[0].quick  # the options of other parts are passed to this one too
     lengths, batches = (LENGTHS[-1:], BATCHES[-1:]) if quick else (LENGTHS, BATCHES)
     lines, errors = [], []
     with tempfile.TemporaryDirectory() as scratch:

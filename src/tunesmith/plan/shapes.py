@@ -20,6 +20,7 @@ from tunesmith.model.load import load_empty
 from tunesmith.model.packing import flat_hidden, position_offset
 from tunesmith.model.quantize import num_parameters, quantized_layers
 from tunesmith.model.trainable import TrainableSpec, make_trainable
+from tunesmith.ops_attention import blocks_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,7 @@ def _kept(model: nn.Module, lengths: Sequence[int], *, causal: bool, bf16: bool)
             widest = max(widest, tensor.shape[-1] if tensor.dim() == 3 else 0)
         return tensor
 
+    blocks_of(tuple(lengths))  # made of real numbers and kept: fake ones would have none
     with mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         batch = _batch(lengths)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
