@@ -42,7 +42,7 @@ def measure_untuned(recipe: str, given: Sequence[str], base: str, file: Path, sa
     job, record = prepare(resolved.recipe, resolved.folder, say=lambda _: None)
     found = baselining.measured(STAGES[resolved.recipe.stage].build(job), job, baselining.wanted(job))
     out: Json = {
-        "base": record["name"], "parameters": job.trainable.total, "origins": origins_of(job.inputs),
+        "base": _short(record["name"]), "parameters": job.trainable.total, "origins": origins_of(job.inputs),
         "systems": [
             {"title": b.title, "prompt_tokens": b.prompt_tokens,
              "measured": {part: as_json(m) for part, m in b.measured.items()}} for b in found
@@ -50,6 +50,11 @@ def measure_untuned(recipe: str, given: Sequence[str], base: str, file: Path, sa
     }  # fmt: skip
     write_whole(file, json.dumps(out) + "\n")
     return out
+
+
+def _short(name: str) -> str:
+    """A hub id as it is; of a folder its last two names, since pages are passed on."""
+    return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name
 
 
 def untuned_rows(kept: Json, part: str, metric: str) -> list[tuple[Json, Rows | None]]:
@@ -61,7 +66,7 @@ def untuned_rows(kept: Json, part: str, metric: str) -> list[tuple[Json, Rows | 
         if measured is None or metric not in measured["metrics"]:
             continue
         rows = rows_of({part: measured, "origins": kept["origins"]}, part, metric)
-        entry = {"name": f"{kept['base']}, {system['title'].removesuffix(', base untuned')}",
+        entry = {"name": f"{kept['base']}, {system['title'].replace(', base untuned', '')}",
                  "parameters": kept["parameters"], "prompt_tokens": system["prompt_tokens"]}  # fmt: skip
         found.append((entry | measured["metrics"][metric], rows))
     return found
