@@ -58,7 +58,7 @@ def _section(name: str, found: dict[str, Any]) -> str:
     tuned, test = untuned["tuned"], found["test"]["metrics"]["accuracy"]
     rows = [(f"{name}, tuned", f"{tuned['parameters']:,}", span(test), "–", "–")]
     rows += [
-        (row["name"].rpartition("/")[2], f"{row['parameters']:,}", span(row), span(row["difference"], sign=True),
+        (row["name"], f"{row['parameters']:,}", span(row), span(row["difference"], sign=True),
          "–" if row["prompt_tokens"] is None else f"{row['prompt_tokens']:,.0f}") for row in untuned["rows"]
     ]  # fmt: skip
     head = ("model", "parameters", "accuracy, test rows", "tuned minus it, paired", "prompt tokens")
