@@ -9,7 +9,7 @@ import numpy as np
 
 from tunesmith.data import similar
 from tunesmith.data.chat import turn_end
-from tunesmith.data.check import Finding
+from tunesmith.data.check import FEW_ROWS, Finding
 from tunesmith.data.naming import short_names, shortened
 from tunesmith.data.preview import preview, text_kept
 from tunesmith.data.scan import Scan, end_ids, scan
@@ -103,7 +103,7 @@ def _judged(
     figures: dict[str, float | None] = {
         **seen,
         **scan_values(found, recipe.stage, rows, job.inputs.train.tally),
-        "near_duplicates": len(near.pairs) / max(1, near.rows),
+        "near_duplicates": len(near.pairs) / near.rows if near.rows >= FEW_ROWS else None,
         "memory": memory["held"] / max(1, memory["room"]),
     }
     judged = {k: v for k, v in figures.items() if k != "special_text" or judged_text(recipe.stage)}
