@@ -78,7 +78,7 @@ def train(run: Path, recipe: Path, *overrides: str) -> dict[str, Any]:
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSONL file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def step_seconds(run: Path) -> float:

@@ -61,7 +61,7 @@ def answers(row: dict[str, str]) -> Pair:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def length_baseline(train: Sequence[Pair], held_out: Sequence[Pair]) -> list[float]:

@@ -63,7 +63,7 @@ def read_tasks(path: Path, *, seed: int) -> list[Task]:
             f"there is no file {path}; `tunesmith sample RUN --prompts FILE --num 4 --to {path}` writes one"
         )
     tasks, problems = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
