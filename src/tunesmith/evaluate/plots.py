@@ -92,6 +92,29 @@ def reliability(bins: Sequence[dict[str, Any]]) -> bytes | None:
     return _svg(figure)
 
 
+def trade_off(lines: Sequence[tuple[float, float, float]], kept: float, limit: float, metric: str) -> bytes | None:
+    """`metric` over forgetting in percent, a point an evaluation, joined in order; limit and kept one stand out.
+
+    `lines` are (step, forgetting as a share, metric). None when there is nothing to draw.
+    """
+    usable = [line for line in lines if all(math.isfinite(value) for value in line)]
+    if not usable:
+        return None
+    figure = Figure(figsize=(5.4, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot([100 * x for _, x, _ in usable], [y for _, _, y in usable], "o-", color=GREY, linewidth=1, markersize=4)
+    axes.axvline(100 * limit, color=ORANGE, linestyle="--", linewidth=1, label="limit")
+    chosen = [line for line in usable if line[0] == kept]
+    axes.plot([100 * x for _, x, _ in chosen], [y for _, _, y in chosen], "o", color=BLUE, markersize=8, label="kept")
+    for step, x, y in (usable[0], usable[-1]):
+        axes.annotate(f"step {step:g}", (100 * x, y), textcoords="offset points", xytext=(4, 5), fontsize=8)
+    axes.legend(frameon=False)
+    axes.set_xlabel("forgetting, %")
+    _dress(axes, f"{metric}, held out")
+    return _svg(figure)
+
+
 def points(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
     """(step, value) of every line that has a finite value, at most `MAX_POINTS`: means over equal stretches."""
     found = [(float(r["step"]), float(r[name])) for r in rows if _number(r.get("step")) and _number(r.get(name))]
