@@ -65,7 +65,7 @@ class Stage:
     """A stage is data: a model that answers a batch, an objective that sums, a source that yields.
 
     `describe` is what the source knows of the data of a step, as of rollouts their reward; it joins the step's line.
-    `keep_rows` receives every finished step's batches with the loss of each segment `[S]`, where the objective gives it.
+    `keep_rows` receives each finished step's batches with the loss of each segment `[S]`, where the objective gives it.
     """
 
     name: str

@@ -382,8 +382,8 @@ def load_model(recipe: Recipe, base: str, label_names: tuple[str, ...]) -> Any:
     problems: dict[str, Any] = {"classify": problem, "reward": "regression"}
     names = reward.LABELS if recipe.stage == "reward" else label_names
     return load_backbone(
-        base, STAGES[recipe.stage].KIND, label_names=names or None, problem=problems.get(recipe.stage),
-        seed=recipe.seed, trust=recipe.trust_remote_code,
+        base, STAGES[recipe.stage].KIND, dtype=_dtype_to_load(recipe, base), label_names=names or None,
+        problem=problems.get(recipe.stage), seed=recipe.seed, trust=recipe.trust_remote_code,
     )  # fmt: skip
 
 
