@@ -151,6 +151,18 @@ def test_rows_are_brought_to_a_round_size_that_nobody_sees(tokens: tuple[int, ..
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
+def test_a_long_row_of_short_segments_asks_for_no_position_that_a_family_lacks() -> None:
+    backbone, draw = tiny_causal("gpt2"), np.random.default_rng(0)
+    LanguageModel(backbone)
+    longest = int(backbone.config.max_position_embeddings)
+    rows = [row_of(draw, longest) for _ in range(32)] + [row_of(draw, 7)]
+    assert -sum(len(row.ids) for row in rows) % 512 > longest, "one segment would be too long"
+    with torch.no_grad():
+        together = flat_hidden(backbone, collate(rows), causal=True, offset=0)
+        alone = flat_hidden(backbone, collate(rows[-1:]), causal=True, offset=0)
+    torch.testing.assert_close(together[-7:], alone, rtol=1e-5, atol=1e-5)
+
+
 def test_dropout_is_replaced_and_draws_what_it_should() -> None:
     holder = nn.ModuleDict({"drop": nn.Dropout(0.1)}).train()
     lean.make_lean(holder, torch.float32)

@@ -20,6 +20,7 @@ from tunesmith.engine.metrics import MetricsLog
 from tunesmith.errors import DataError, ModelError
 from tunesmith.model.critic import Critic, ValueHead
 from tunesmith.model.language import LanguageModel, Policy
+from tunesmith.model.lean import make_lean
 from tunesmith.model.packing import Layout
 from tunesmith.model.trainable import TrainableSpec, make_trainable
 from tunesmith.recipe import GrpoSpec, PpoSpec
@@ -128,6 +129,17 @@ def test_dropout_would_spoil_the_ratio_and_is_found_or_removed():
     with pytest.raises(ModelError, match=r"answers differently the second time.*dropout"):
         source(model).step_batches(1)
     assert len(without_dropout(model)) == 2  # one a layer
+    assert source(model).step_batches(1)
+
+
+def test_dropout_that_was_made_lean_is_removed_too():
+    backbone = tiny_causal("gpt2", resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
+    make_trainable(backbone, TrainableSpec("lora", rank=4))
+    make_lean(backbone, torch.float32)
+    model = LanguageModel(backbone, policy=Policy())
+    with pytest.raises(ModelError, match="answers differently the second time"):
+        source(model).step_batches(1)
+    without_dropout(model)
     assert source(model).step_batches(1)
 
 

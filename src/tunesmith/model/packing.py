@@ -55,9 +55,10 @@ def _as_it_is(batch: Batch) -> tuple[Tensor, Tensor, tuple[int, ...]]:
 
 
 def _rounded(batch: Batch) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Ids, positions and lengths with one more segment, of token 0, that brings the row to a round size.
+    """Ids, positions and lengths with more segments, of token 0, that bring the row to a round size.
 
-    A CPU's matrix products are compiled for each new number of rows (docs/log.md); at most 1 in 16 is added.
+    A CPU's matrix products are compiled for each new number of rows (docs/log.md); at most 1 in 16 is added. None is
+    longer than the longest there is: a family may have no positions beyond.
     """
     tokens = batch.input_ids.shape[1]
     step = max(8, 1 << max(0, (tokens // 16).bit_length() - 1))
@@ -65,8 +66,10 @@ def _rounded(batch: Batch) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     if not more:
         return _as_it_is(batch)
     ids = nn.functional.pad(batch.input_ids, (0, more))
-    positions = torch.cat([batch.positions, torch.arange(more)[None]], 1)
-    return ids, positions, (*batch.lengths, more)
+    longest = max(batch.lengths)
+    positions = torch.cat([batch.positions, torch.arange(more)[None] % longest], 1)
+    last = (more % longest,) if more % longest else ()
+    return ids, positions, (*batch.lengths, *(longest,) * (more // longest), *last)
 
 
 def own_logits(backbone: Any, batch: Batch, layout: Layout) -> Tensor:

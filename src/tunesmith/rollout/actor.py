@@ -12,6 +12,7 @@ from torch.func import functional_call
 from tunesmith.batch import Batch, Outputs
 from tunesmith.errors import ModelError
 from tunesmith.model.language import LanguageModel
+from tunesmith.model.lean import LeanDropout
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ def without_dropout(model: nn.Module) -> list[str]:
 
 def _rates(module: nn.Module) -> list[str]:
     keys = [key for key, value in vars(module).items() if type(value) is float and value > 0 and "dropout" in key]
-    return keys + (["p"] if isinstance(module, nn.Dropout) and module.p > 0 else [])
+    return keys + (["p"] if isinstance(module, (nn.Dropout, LeanDropout)) and module.p > 0 else [])
 
 
 def take_tokens(rows: Tensor, batch: Batch, indices: Sequence[int], *, counts: Sequence[int], values: Tensor) -> None:
