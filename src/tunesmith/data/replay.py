@@ -15,6 +15,8 @@ from tunesmith.data.source import Samples
 
 SEED = 7919
 """Sets the draw of replayed rows apart from the order of the task's."""
+COLUMN = "replay"
+"""The column that weighs replayed rows; `objectives.replay` reads it."""
 
 
 class Steps(Protocol):
@@ -54,11 +56,10 @@ class ReplaySource:
         micro_batch_tokens: int,
         count: Callable[[Batch], float],
         make_batch: Callable[[Sequence[Sample], int], Batch],
-        column: str = "replay",
     ) -> None:
         assert 0 < least <= most < 1 and len(store) > 0, "a share, and something to replay"
         self._task, self._store, self._seed, self._count, self._make = task, store, seed, count, make_batch
-        self._micro, self._least, self._most, self._column = micro_batch_tokens, least, most, column
+        self._micro, self._least, self._most = micro_batch_tokens, least, most
         self.ratio = least
 
     @property
@@ -111,4 +112,4 @@ class ReplaySource:
 
     def _weighed(self, batch: Batch, scale: float) -> Batch:
         column = torch.full(batch.weights.shape, scale, dtype=torch.float64)
-        return replace(batch, columns={**batch.columns, self._column: column})
+        return replace(batch, columns={**batch.columns, COLUMN: column})
