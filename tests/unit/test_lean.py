@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from tunesmith.data.batches import collate
 from tunesmith.model import lean
 from tunesmith.model.adapters import disabled
 from tunesmith.model.language import LanguageModel
-from tunesmith.model.packing import flat_hidden
+from tunesmith.model.packing import flat_hidden, recompute_activations
 from tunesmith.model.trainable import TrainableSpec, make_trainable
 
 LENGTHS = (5, 17, 1, 9)
@@ -76,6 +78,22 @@ def test_norms_are_replaced_and_gated_mlps_where_they_are_silu(family: str) -> N
     kinds = [type(module).__name__ for module in backbone.modules()]
     assert "LeanRMSNorm" in kinds and not any(kind.endswith("RMSNorm") for kind in kinds if kind != "LeanRMSNorm")
     assert ("LeanGatedMLP" in kinds) == (family != "gemma3"), "Gemma's MLP has GELU"
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_blocks_that_are_computed_again_keep_nothing_of_their_mlp(again: bool) -> None:
+    backbone, kept = tiny_causal("llama"), []
+    make_trainable(backbone, TrainableSpec("lora", rank=4, alpha=8.0))
+    if again:
+        recompute_activations(backbone)
+    lean.make_lean(backbone, torch.float32)
+    model = LanguageModel(backbone).train()
+    for layer in backbone.model.layers:
+        layer.mlp.gate_proj.register_forward_hook(lambda _, __, out: kept.append(weakref.ref(out)))
+    logprobs = model(batch_of()).logprobs
+    gc.collect()
+    assert logprobs is not None
+    assert [made() is None for made in kept] == [again] * 2, "control: without, it is kept for the backward"
 
 
 def test_a_norm_that_computes_something_else_stays() -> None:

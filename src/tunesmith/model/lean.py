@@ -110,16 +110,21 @@ class _Gated(torch.autograd.Function):
 
 
 def make_lean(backbone: nn.Module, compute: torch.dtype) -> None:
-    """Prepare a backbone, whose trained parameters are already chosen, for training with products in `compute`."""
+    """Prepare a backbone, whose trained parameters are already chosen, for training with products in `compute`.
+
+    Where blocks are computed again in the backward, MLPs stay as they are: what a lean one keeps for it would be kept
+    by every block.
+    """
     if compute != torch.float32:
         narrow_frozen(backbone, compute)
         _turn_in_compute_type(backbone)
+    again = any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
     on_device = any(parameter.device.type != "cpu" for parameter in backbone.parameters())
     for name, module in list(backbone.named_modules()):
         lean = None
         if type(module).__name__.endswith("RMSNorm"):
             lean = _lean_norm(module)
-        elif type(module).__name__.endswith("MLP"):
+        elif type(module).__name__.endswith("MLP") and not again:
             lean = _lean_mlp(module)
         elif type(module) is nn.Dropout and module.p and not on_device:
             lean = LeanDropout(module.p)
