@@ -11,7 +11,8 @@ import tunesmith
 SIGNATURES = {
     "chat": "(run, prompt, *, max_tokens=256, temperature=0.0, seed=0)",
     "check": "(recipe_or_data, overrides=(), *, html=None, say=_silent)",
-    "compare": "(recipe, overrides=(), *, tune=(), bases=(), grid=(), seeds=1, budget=None, to=None, say=_silent)",
+    "compare": "(recipe, overrides=(), *, tune=(), bases=(), grid=(), seeds=1, untuned=(), "
+    "budget=None, to=None, say=_silent)",
     "evaluate": "(run_or_model, data, *, stage=None, say=_silent)",
     "export": "(run, to, format='adapter', *, push_to=None, say=_silent)",
     "finetune": "(base, data, stage, method='lora', *, say=_silent, show=_silent, **settings)",

@@ -13,7 +13,7 @@ from tunesmith.data.records import read_records
 def test_eight_rows_are_learned_by_heart(run, write, work):
     write_rows(work / "eight.jsonl", labelled(8))
     recipe = write("classify", data={"train": "eight.jsonl", "eval": "eight.jsonl", "on_overlap": "allow"},
-                   train={"epochs": 30, "learning_rate": 1e-2})  # fmt: skip
+                   train={"epochs": 60, "learning_rate": 1e-2})  # fmt: skip
     done = run("train", recipe, "--run", "heart", "--json")
     assert done.code == 0, done.err
     assert done.json["after"]["accuracy"] == {"value": 1.0, "low": pytest.approx(0.676, abs=0.001), "high": 1.0, "n": 8}

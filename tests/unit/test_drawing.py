@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tunesmith.errors import ModelError
 from tunesmith.model import lean
 from tunesmith.rollout import sampler
 from tunesmith.rollout.sampler import Draw, next_tokens
@@ -77,3 +78,19 @@ def test_linears_are_put_back_after_sampling_even_when_it_fails() -> None:
     with lean.narrowed(model, torch.float32):
         assert dict(model.named_modules()) == before
     assert sampler.PART == 256
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("draw", [Draw(), Draw(temperature=0.0), Draw(top_k=3), Draw(top_p=0.5)])
+def test_logits_that_are_no_numbers_are_told(bad: float, draw: Draw) -> None:
+    logits = torch.zeros(2, 300)
+    logits[1, 7] = bad
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    with pytest.raises(ModelError, match="1 of 2 rows hold NaN or infinity"):
+        next_tokens(logits, draw, generators)
+    assert next_tokens(logits[:1], draw, generators[:1])[0].shape == (1,), "control: sound ones are drawn from"
+
+
+def test_a_temperature_too_near_0_is_told() -> None:
+    with pytest.raises(ModelError, match="temperature is too near 0"):
+        next_tokens(torch.randn(1, 300), Draw(temperature=1e-40), [torch.Generator().manual_seed(0)])

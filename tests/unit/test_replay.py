@@ -8,7 +8,7 @@ from tests.laws.test_resume_law import Rows
 from tests.tiny import tiny_causal
 
 from tunesmith.data.batches import collate
-from tunesmith.data.replay import ReplaySource
+from tunesmith.data.replay import ReplaySource, Share
 from tunesmith.data.source import OfflineSource
 from tunesmith.engine.contracts import FitSpec, Stage
 from tunesmith.engine.fit import train_step
@@ -22,7 +22,7 @@ SPEC = FitSpec(1, OptimSpec(1e-2, optimizer="sgd", clip_norm=None))
 
 def source(least=0.1, most=0.5, micro=64):
     task = OfflineSource(Rows(), seed=5, num_steps=8, batch_examples=6, micro_batch_tokens=micro)
-    return ReplaySource(task, Rows(), seed=5, least=least, most=most, micro_batch_tokens=micro,
+    return ReplaySource(task, Rows(), share=Share(least, most, seed=5), micro_batch_tokens=micro,
                         count=Likelihood().count, make_batch=lambda samples, step: collate(samples))  # fmt: skip
 
 

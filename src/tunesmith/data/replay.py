@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,6 +37,15 @@ class Steps(Protocol):
     def restore(self, state: Mapping[str, Any]) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """How much is replayed: the ratio's bounds, and the seed of which rows."""
+
+    least: float
+    most: float
+    seed: int = 0
+
+
 class ReplaySource:
     """Every step of `task` and, after its batches, rows of `store` whose weighed count is `ratio` of the whole.
 
@@ -50,17 +59,15 @@ class ReplaySource:
         task: Steps,
         store: Samples,
         *,
-        seed: int,
-        least: float,
-        most: float,
+        share: Share,
         micro_batch_tokens: int,
         count: Callable[[Batch], float],
         make_batch: Callable[[Sequence[Sample], int], Batch],
     ) -> None:
-        assert 0 < least <= most < 1 and len(store) > 0, "a share, and something to replay"
-        self._task, self._store, self._seed, self._count, self._make = task, store, seed, count, make_batch
-        self._micro, self._least, self._most = micro_batch_tokens, least, most
-        self.ratio = least
+        assert 0 < share.least <= share.most < 1 and len(store) > 0, "a share, and something to replay"
+        self._task, self._store, self._seed, self._count, self._make = task, store, share.seed, count, make_batch
+        self._micro, self._least, self._most = micro_batch_tokens, share.least, share.most
+        self.ratio = share.least
 
     @property
     def num_steps(self) -> int:

@@ -71,7 +71,7 @@ _FOUND = {
     "overlap": ("overlap", "input_overlap"),
     "conflicts": ("label_noise", "both_orders"),
     "duplicates": ("duplicates", "near_duplicates"),
-    "one_class": ("skewed", "one_answer", "one_held_out_label"),
+    "one_class": ("skewed", "one_answer"),
     "special_text": ("special_text",),
 }
 """Findings about records that a gate judges; several count together where they are of the same rows."""

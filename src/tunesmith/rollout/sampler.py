@@ -274,14 +274,29 @@ def stream_seed(seed: int, index: int, number: int) -> int:
 def next_tokens(
     logits: Tensor, draw: Draw, generators: Sequence[torch.Generator], *, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Draw one token per row: `logits [N, V]` -> ids `[N]`, and log-probs `[N]` (nats) at the model's `temperature`."""
+    """Draw one token per row: `logits [N, V]` -> ids `[N]`, and log-probs `[N]` (nats) at the model's `temperature`.
+
+    Raises ModelError where a row's logits, or what the temperature makes of them, are no numbers.
+    """
+    own = logits if temperature == 1.0 else logits / temperature
+    total = _sound(own.logsumexp(1))
     if draw.temperature == 0.0:
         tokens = logits.argmax(1)
     else:
         warm = logits if draw.temperature == 1.0 else logits / draw.temperature
         tokens = _drawn(cut(warm, draw), generators)
-    own = logits if temperature == 1.0 else logits / temperature
-    return tokens, own.gather(1, tokens[:, None])[:, 0] - own.logsumexp(1)
+    return tokens, own.gather(1, tokens[:, None])[:, 0] - total
+
+
+def _sound(sums: Tensor) -> Tensor:
+    """`sums` over the vocabulary, which are finite where there is a distribution to draw from."""
+    bad = ~sums.isfinite()
+    if bool(bad.any()):
+        raise ModelError(
+            f"no next token can be drawn: the logits of {int(bad.sum())} of {len(sums)} rows hold NaN or "
+            "infinity. The model's weights are damaged, or the temperature is too near 0: 0 itself is greedy"
+        )
+    return sums
 
 
 def _drawn(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
@@ -294,7 +309,7 @@ def _drawn(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     parts = nn.functional.pad(weights, (0, -weights.shape[1] % PART)).view(len(weights), -1, PART)
     edges = parts.sum(2, dtype=torch.float64).cumsum(1)
     uniform = torch.cat([torch.rand(1, generator=g, dtype=torch.float64, device=g.device) for g in generators])
-    aim = uniform * edges[:, -1]
+    aim = uniform * _sound(edges[:, -1])
     part = torch.searchsorted(edges, aim[:, None], right=True).clamp_max(edges.shape[1] - 1)
     before = torch.where(part > 0, edges.gather(1, (part - 1).clamp_min(0)), 0.0)
     inside = parts.gather(1, part[:, :, None].expand(-1, -1, PART))[:, 0].double().cumsum(1)

@@ -93,7 +93,7 @@ def measured(built: Built, job: Job, names: Sequence[str]) -> list[Baseline]:
 
 
 def beside(run: RunDir, job: Job, after: Moment) -> dict[str, Json]:
-    """`{part: {"baselines": {title: {metrics, difference, prompt_tokens, seconds}}, "worth": text}}`, part "" being the
+    """`{part: {"baselines": {title: {metrics, difference, prompt_tokens}}, "worth": text}}`, part "" being the
     held-out rows and "test" the test rows; empty without baselines. A difference is tuned - baseline."""
     if not wanted(job) or not run.file("baselines").is_file():
         return {}
@@ -119,7 +119,7 @@ def _against(kept: Json, part: str, tuned: Measured, job: Job) -> Json:
     entry: Json = {"metrics": base.as_json(), "difference": {name: c.as_json() for name, c in changes.items()}}
     if kept["prompt_tokens"] is not None:
         entry |= {"prompt_tokens": kept["prompt_tokens"], "tuned_prompt_tokens": kept["tuned_prompt_tokens"]}
-    return entry | {"seconds": kept["seconds"]}
+    return entry
 
 
 def _parts(job: Job) -> dict[str, SampleStore]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tunesmith.batch import Batch, Sample
 from tunesmith.data.batches import collate
-from tunesmith.data.replay import ReplaySource
+from tunesmith.data.replay import ReplaySource, Share
 from tunesmith.engine.contracts import FitSpec, Progress
 from tunesmith.errors import ModelError, RunError
 from tunesmith.model.language import LanguageModel
@@ -110,7 +110,7 @@ def _with_replay(built: Built, job: Job) -> Built:
         return collate(samples) if masks is None else masks(samples, step=step)
 
     source = ReplaySource(
-        built.stage.source, found.store, seed=job.recipe.seed, least=spec.replay.ratio, most=spec.replay.most,
+        built.stage.source, found.store, share=Share(spec.replay.ratio, spec.replay.most, job.recipe.seed),
         micro_batch_tokens=job.recipe.train.micro_batch_tokens, count=objective.count, make_batch=make_batch,
     )  # fmt: skip
     return replace(built, stage=replace(built.stage, source=source, objective=WithReplay(objective)))
