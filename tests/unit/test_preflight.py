@@ -158,6 +158,13 @@ def test_held_out_rows_of_one_label_are_told():
     assert "one_held_out_label" not in kinds(train, [Labelled("x", "a"), Labelled("y", "b")])
 
 
+@pytest.mark.parametrize(("rows", "figure"), [(2, 0.0), (9, 0.0), (10, 1.0)])
+def test_a_few_held_out_rows_may_have_one_label_by_chance(rows, figure):
+    train = [Labelled(f"text {i}", "ab"[i % 2]) for i in range(8)]
+    values, _ = found_values(check_records(train, [Labelled(f"held {i}", "a") for i in range(rows)]))
+    assert values["one_class"] == figure
+
+
 def test_findings_become_shares_with_their_first_places():
     train = [Labelled(f"text {i}", "ab"[i % 2], origin=f"t:{i}") for i in range(8)]
     values, details = found_values(check_records([*train, Labelled("text 0", "b", origin="t:8")], train[:2]))

@@ -71,10 +71,12 @@ _FOUND = {
     "overlap": ("overlap", "input_overlap"),
     "conflicts": ("label_noise", "both_orders"),
     "duplicates": ("duplicates", "near_duplicates"),
-    "one_class": ("skewed", "one_answer"),
+    "one_class": ("skewed", "one_answer", "one_held_out_label"),
     "special_text": ("special_text",),
 }
 """Findings about records that a gate judges; several count together where they are of the same rows."""
+_FEW_HELD_OUT = 10
+"""Held-out rows below which one label among them is chance, and told alone."""
 _NO_ANSWERS = ("pretrain", "mlm", "classify", "ppo", "grpo")
 _IN_TEXT = ("pretrain", "mlm")
 """Stages whose rows may be written in a chat template on purpose."""
@@ -133,13 +135,17 @@ def found_values(findings: Sequence[Finding]) -> tuple[dict[str, float], dict[st
     values: dict[str, float] = {}
     details: dict[str, str] = {}
     for gate, kinds in _FOUND.items():
-        mine = [finding for finding in findings if finding.kind in kinds]
+        mine = [finding for finding in findings if finding.kind in kinds and not _chance(finding)]
         shares = [finding.count / max(1, finding.total) for finding in mine]
         values[gate] = max(shares, default=0.0) if gate == "one_class" else min(1.0, sum(shares))
         examples = [example for finding in mine for example in finding.examples]
         if examples:
             details[gate] = ", ".join(examples[:5]) + (", ..." if len(examples) > 5 else "")
     return values, details
+
+
+def _chance(finding: Finding) -> bool:
+    return finding.kind == "one_held_out_label" and finding.total < _FEW_HELD_OUT
 
 
 def scan_values(scan: Scan, stage: str, rows: int, tally: Mapping[str, int]) -> dict[str, float | None]:
