@@ -88,11 +88,24 @@ def _turn(work: Work, contestant: Contestant, peers_python: Path) -> Outcome:
             "HF_DATASETS_CACHE": str(folder / "datasets"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
         }  # fmt: skip
         started = time.time()
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=3600)
+        with open(folder / "out", "w+") as out, open(folder / "err", "w+") as err:
+            process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, cwd=folder)
+            first = _first_step(process, folder / "run" / "metrics.jsonl")
+            code = process.wait(timeout=3600)
         wall = time.time() - started
-        if done.returncode:
-            return Outcome(0.0, 0, (), wall, 0.0, (done.stderr.strip().splitlines() or ["failed"])[-1][:200])
-        return _outcome(work, contestant, done.stdout, folder, wall)
+        if code:
+            said = (folder / "err").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            return Outcome(0.0, 0, (), wall, 0.0, (said or ["failed"])[-1][:200])
+        return _outcome(work, contestant, folder, wall, None if first is None else first - started)
+
+
+def _first_step(process: subprocess.Popen[bytes], metrics: Path) -> float | None:
+    """When the first line of `metrics` stood there; None for a process that writes none."""
+    while process.poll() is None:
+        if metrics.is_file() and metrics.stat().st_size:
+            return time.time()
+        time.sleep(0.02)
+    return None
 
 
 def _ours(work: Work, folder: Path) -> list[str]:
@@ -135,8 +148,8 @@ def _spec(work: Work, contestant: Contestant, folder: Path) -> Path:
     return path
 
 
-def _outcome(work: Work, contestant: Contestant, stdout: str, folder: Path, wall: float) -> Outcome:
-    answer = json.loads(stdout.strip().splitlines()[-1])
+def _outcome(work: Work, contestant: Contestant, folder: Path, wall: float, first: float | None) -> Outcome:
+    answer = json.loads((folder / "out").read_text(encoding="utf-8").strip().splitlines()[-1])
     if contestant.name == "tunesmith" and work.kind != "generate":
         timings, metrics = (_rows(folder / "run" / name) for name in ("timings.jsonl", "metrics.jsonl"))
         answer = {
@@ -147,10 +160,8 @@ def _outcome(work: Work, contestant: Contestant, stdout: str, folder: Path, wall
         }
     skip = min(WARM_UP_STEPS, len(answer["seconds"]) - 1)
     rates = [t / s for t, s in zip(answer["tokens"][skip:], answer["seconds"][skip:], strict=True)]
-    before_training = wall - sum(answer["seconds"]) + answer["seconds"][0]
-    return Outcome(
-        statistics.median(rates), answer["peak_memory_bytes"], tuple(answer["losses"]), wall, before_training
-    )
+    waited = answer.get("first_step_seconds", 0.0) if first is None else first
+    return Outcome(statistics.median(rates), answer["peak_memory_bytes"], tuple(answer["losses"]), wall, waited)
 
 
 def _tokens(work: Work, seen: int) -> int:

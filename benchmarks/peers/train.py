@@ -7,6 +7,7 @@ passed to the peer's own config on top of what makes the runs comparable (rows a
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
@@ -27,12 +28,14 @@ class Clock(TrainerCallback):
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self._started = 0.0
+        self.first = 0.0
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         self._started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.seconds.append(time.perf_counter() - self._started)
+        self.first = self.first or time.time()
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if logs and "loss" in logs:
@@ -123,6 +126,13 @@ def _classifier(spec: dict, data, tokenizer, clock: Clock):
     )
 
 
+def started_at() -> float:
+    """When this process began, seconds since 1970."""
+    ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    booted = next(float(line.split()[1]) for line in Path("/proc/stat").read_text().splitlines() if "btime" in line)
+    return booted + ticks / os.sysconf("SC_CLK_TCK")
+
+
 def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(spec["threads"])
@@ -136,7 +146,8 @@ def main() -> None:
         tokens = [spec["batch"] * spec["max_tokens"]] * len(clock.seconds)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": clock.seconds, "tokens": tokens, "losses": clock.losses, "peak_memory_bytes": peak}))
+    answer = {"seconds": clock.seconds, "tokens": tokens, "losses": clock.losses, "peak_memory_bytes": peak}
+    print(json.dumps(answer | {"first_step_seconds": clock.first - started_at()}))
 
 
 if __name__ == "__main__":

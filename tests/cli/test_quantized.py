@@ -75,7 +75,7 @@ def test_compare_takes_4bit_as_a_way_to_tune(write, run):
     from tunesmith.recipe import load_recipe
     from tunesmith.stages.comparing import trials_of
 
-    name = write("sft", tune={"method": "full"})
+    name = write("sft")
     trials = trials_of(name, (), tune=["full", "lora:rank=4", "4bit:rank=4", "8bit=2"], bases=(), grid=(), seeds=1)
     found = {trial.name: load_recipe(name, trial.overrides).recipe.tune for trial in trials}
     assert (found["4bit:rank=4"].method, found["4bit:rank=4"].quantize, found["4bit:rank=4"].rank) == (
