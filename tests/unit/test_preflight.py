@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -21,6 +22,7 @@ from tunesmith.data.similar import similar_rows
 from tunesmith.plan.page import Painted, row_lines
 from tunesmith.plan.preflight import GATES, NAMES, found_values, judge, refusals, scan_values
 from tunesmith.recipe_preflight import GateName
+from tunesmith.stages import beforehand
 
 ROOT = Path(__file__).resolve().parents[2]
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
@@ -230,3 +232,16 @@ def test_colours_stand_on_a_terminal_only_and_not_where_they_are_not_wanted(monk
     assert painted(line, Terminal()) == "  + \x1b[32mans\\x1b[2Jwer\x1b[0m\x1b[7;32m<eos>\x1b[0m"
     monkeypatch.setenv("NO_COLOR", "1")
     assert painted(line, Terminal()) == plain
+
+
+@pytest.mark.parametrize(
+    ("method", "device", "precision", "held"),
+    [("lora", "cuda", "bfloat16", 200), ("lora", "cpu", "bfloat16", 400), ("lora", "cuda", "float32", 400),
+     ("full", "cuda", "bfloat16", 1600)],
+)  # fmt: skip
+def test_a_frozen_base_is_held_on_a_gpu_in_the_type_of_its_products(monkeypatch, method, device, precision, held):
+    monkeypatch.setattr(beforehand, "available_memory", lambda device: 1000)
+    recipe: Any = SimpleNamespace(
+        tune=SimpleNamespace(method=method, quantize=None), train=SimpleNamespace(optimizer="adamw")
+    )
+    assert beforehand._memory(recipe, {"parameters": 100}, device, precision) == {"held": held, "room": 1000}

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from tests.tiny import tiny_tokenizer
 
-from tunesmith.data.kinds import full_text, input_text
+from tunesmith.data.kinds import Labelled, full_text, input_text
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe import load_recipe
-from tunesmith.stages.prepare import locate, probe, read_sets
+from tunesmith.stages.prepare import labels_of, locate, probe, read_sets
 
 
 @pytest.fixture
@@ -83,3 +83,8 @@ def test_training_rows_are_capped_and_cleaned_and_held_out_rows_are_not(project:
     )
     with pytest.raises(RecipeError, match=r"name the column as `data\.group_key`"):
         load_recipe({"stage": "pretrain", "base": "b", "data": plain | {"max_per_key": 3}})
+
+
+def test_labels_stand_in_the_order_of_their_numbers_and_what_only_looks_like_one_is_text():
+    names = ["b", "10", "9", "-1", "--5", "\u00b2", "a"]
+    assert labels_of(Labelled("text", name) for name in names) == ("-1", "9", "10", "--5", "a", "b", "\u00b2")

@@ -36,7 +36,7 @@ def look(job: Job, sets: Any, base: Mapping[str, Any]) -> dict[str, Any]:
     found = scan(inputs.train, tokenizer, ends)
     bounds = row_bounds(inputs.train)
     near = _near(inputs.train, bounds)
-    memory = _memory(recipe, base, job.device)
+    memory = _memory(recipe, base, job.device, job.precision)
     names = short_names([name for s in (sets.train, sets.eval, sets.test) if s is not None for name in s.files])
     figures, verdicts = _judged(job, found, len(bounds) - 1, near, memory, names)
     load = load_of(recipe, tokenizer, inputs, job.device, looked_at=_LOOKED_AT)
@@ -154,10 +154,14 @@ def _balance(inputs: Inputs) -> dict[str, dict[str, float]] | None:
     }
 
 
-def _memory(recipe: Recipe, base: Mapping[str, Any], device: str) -> dict[str, int]:
-    """Bytes that are held whatever the batches are, the least that the method allows, and those there are."""
+def _memory(recipe: Recipe, base: Mapping[str, Any], device: str, precision: str) -> dict[str, int]:
+    """Bytes that are held whatever the batches are, the least that the method allows, and those there are.
+
+    A frozen base is read in fp32 by the CPU, and reaches a GPU in the type of its products.
+    """
     parameters, tune = int(base["parameters"]), recipe.tune
-    narrow = {"4bit": 0.5, "8bit": 1.0}.get(getattr(tune, "quantize", None) or "", 4.0)
+    plain = 2.0 if tune.method != "full" and device != "cpu" and precision == "bfloat16" else 4.0
+    narrow = {"4bit": 0.5, "8bit": 1.0}.get(getattr(tune, "quantize", None) or "", plain)
     learned = parameters * (4 + (8 if recipe.train.optimizer == "adamw" else 0)) if tune.method == "full" else 0
     return {"held": int(parameters * narrow) + learned, "room": available_memory(device)}
 

@@ -119,12 +119,11 @@ def labels_of(records: Iterable[Record]) -> tuple[str, ...]:
     for record in records:
         if isinstance(record, Labelled):
             found.update([record.label] if isinstance(record.label, str) else record.label)
-    return tuple(
-        sorted(
-            found,
-            key=lambda name: (not name.lstrip("-").isdigit(), int(name) if name.lstrip("-").isdigit() else 0, name),
-        )
-    )
+    return tuple(sorted(found, key=lambda name: (not _is_number(name), int(name) if _is_number(name) else 0, name)))
+
+
+def _is_number(name: str) -> bool:
+    return name.removeprefix("-").isdecimal()
 
 
 def make_inputs(
