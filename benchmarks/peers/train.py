@@ -70,7 +70,7 @@ def token_counter(trainer, counts: list[int]):
     prepare = trainer._prepare_inputs
 
     def counting(inputs):
-        if not isinstance(inputs, dict):
+        if not hasattr(inputs, "get"):  # the rows themselves, before they are made a batch
             return prepare(inputs)
         mask = inputs.get("attention_mask")
         ids = inputs.get("input_ids")
