@@ -28,7 +28,7 @@ PARTS = {
     "quantize": "LoRA beside a base in 32, 8 and 4 bits: loss, memory, seconds a step (about 4 minutes)",
     "learning_curve": "100, 300 and 1,000 examples, tuned against from scratch (about 15 minutes)",
     "embedded_base": "the base that comes with the program, beside story models, gzip and 5-grams (about 10 minutes)",
-    "plan_error": "the memory plan against real runs, 36 of them (about 15 minutes)",
+    "plan_error": "the memory plan against real runs, 52 of them (about 25 minutes)",
     "small_beats_large": "small models tuned on reviews against larger ones that are only asked (about 15 minutes)",
     "compare_ways": "five ways to tune, three seeds, with two bases, by `compare` (about 1 hour)",
     "worked_example": "IMDB with LoRA and four other ways to tune (about 2 hours)",

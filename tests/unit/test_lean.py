@@ -220,3 +220,22 @@ def test_hooks_of_sampling_are_taken_off_again() -> None:
     with lean.narrowed(backbone, torch.bfloat16):
         assert backbone.model.rotary_emb._forward_hooks
     assert not backbone.model.rotary_emb._forward_hooks
+
+
+def test_without_weights_structure_decides() -> None:
+    """On the meta device nothing can be compared: a gated MLP of another activation must not become one of SiLU."""
+
+    class GatedMLP(nn.Module):
+        def __init__(self, act_fn: nn.Module) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+            self.act_fn = act_fn
+
+    with torch.device("meta"):
+        model = nn.ModuleDict({"silu": GatedMLP(nn.SiLU()), "gelu": GatedMLP(nn.GELU()), "drop": nn.Dropout(0.1)})
+        full = tiny_causal("llama")
+    lean.make_lean(model, torch.bfloat16)
+    assert [type(model[name]).__name__ for name in model] == ["LeanGatedMLP", "GatedMLP", "LeanDropout"]
+    lean.make_lean(full, torch.bfloat16)
+    kinds = {type(module).__name__ for module in full.modules()}
+    assert {"LeanRMSNorm", "LeanGatedMLP"} <= kinds and "LlamaRMSNorm" not in kinds

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tunesmith.model.lora import LoraLinear, place
+from tunesmith.model.quantize import quantized_layers
 from tunesmith.ops_attention import keep_mask
 from tunesmith.ops_norm import rms_norm
 
@@ -69,8 +70,8 @@ class LeanGatedMLP(nn.Module):
             return self.down_proj(inner)
 
         def pack(saved: Tensor) -> Tensor | None:
-            same = saved.data_ptr() == inner.data_ptr() and saved.shape == inner.shape and saved.dtype == inner.dtype
-            return None if same else saved
+            same = saved.untyped_storage()._cdata == inner.untyped_storage()._cdata
+            return None if same and saved.shape == inner.shape and saved.dtype == inner.dtype else saved
 
         def unpack(saved: Tensor | None) -> Tensor:
             return F.silu(gate.detach()).mul_(up.detach()) if saved is None else saved
@@ -113,13 +114,16 @@ def make_lean(backbone: nn.Module, compute: torch.dtype) -> None:
     """Prepare a backbone, whose trained parameters are already chosen, for training with products in `compute`.
 
     Where blocks are computed again in the backward, MLPs stay as they are: what a lean one keeps for it would be kept
-    by every block.
+    by every block. On the meta device, where nothing can be compared, a part is replaced for its structure alone: for
+    planning.
     """
     if compute != torch.float32:
         narrow_frozen(backbone, compute)
         _turn_in_compute_type(backbone)
+    elif _is_quantized(backbone):
+        _let_go_of_file(backbone)
     again = any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
-    on_device = any(parameter.device.type != "cpu" for parameter in backbone.parameters())
+    on_device = any(parameter.device.type not in ("cpu", "meta") for parameter in backbone.parameters())
     for name, module in list(backbone.named_modules()):
         lean = None
         if type(module).__name__.endswith("RMSNorm"):
@@ -147,7 +151,7 @@ def narrow_frozen(backbone: nn.Module, dtype: torch.dtype) -> None:
             weight.data = weight.data.to(dtype)
             place(backbone, name, _frozen_like(module))
             narrowed = True
-    if narrowed:
+    if narrowed or _is_quantized(backbone):
         _let_go_of_file(backbone)
 
 
@@ -197,10 +201,14 @@ def _narrow(module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
     return _lean_norm(module) if named.endswith("RMSNorm") and named != LeanRMSNorm.__name__ else None
 
 
+def _is_quantized(backbone: nn.Module) -> bool:
+    return next(quantized_layers(backbone), None) is not None
+
+
 def _let_go_of_file(backbone: nn.Module) -> None:
-    """Copies of what is left of the base: the file it was mapped from, narrowed weights included, is not held."""
+    """Copies of what is left of the base, trained or not: the file it was mapped from is held whole by any part."""
     for parameter in backbone.parameters():
-        if not parameter.requires_grad and parameter.device.type == "cpu":
+        if parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
 
 
@@ -216,8 +224,10 @@ def _lean_norm(module: Any) -> LeanRMSNorm | None:
     """The replacement, when it gives what the family's own norm gives on rows drawn from a seed; else None."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not isinstance(eps, float) or weight.is_meta:
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not isinstance(eps, float):
         return None
+    if weight.is_meta:
+        return LeanRMSNorm(weight, eps, 0.0)
     rows = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device)
     expected = cast(Tensor, module(rows))
     for offset in (0.0, 1.0):
@@ -234,9 +244,11 @@ def _lean_mlp(module: Any) -> LeanGatedMLP | None:
     children = {name for name, _ in module.named_children()}
     if not all(isinstance(p, (nn.Linear, LoraLinear)) for p in parts) or children != {*_GATED, "act_fn"}:
         return None
-    width = cast(Any, parts[0]).in_features
-    rows = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(cast(Any, parts[0]).weight.device)
-    lean = LeanGatedMLP(module)
+    lean, width = LeanGatedMLP(module), cast(Any, parts[0]).in_features
+    device = next(module.parameters()).device
+    if device.type == "meta":
+        return lean if "SiLU" in type(module.act_fn).__name__ else None
+    rows = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(device)
     return lean if _close(lean(rows), cast(Tensor, module(rows))) else None
 
 

@@ -1,8 +1,8 @@
 """What a step of a model holds and computes, from its real modules, without a weight in memory.
 
 The model is built on the meta device and its tensors are then dressed as the target's (torch's fake tensors): the very
-forward of training runs, autocast and the packed attention included, and every tensor that it keeps for the backward
-is counted once. Nothing here knows an architecture.
+step of training runs - forward, loss, backward, update, autocast and the packed attention included - and every tensor
+is counted from where it is made to where it ends. Nothing here knows an architecture.
 """
 
 from __future__ import annotations
@@ -16,50 +16,115 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tunesmith.model import attention
+from tunesmith.model.heads import language_head, pool, score_head
+from tunesmith.model.lean import make_lean
 from tunesmith.model.load import load_empty
 from tunesmith.model.packing import flat_hidden, position_offset
-from tunesmith.model.quantize import num_parameters, quantized_layers
+from tunesmith.model.quantize import num_parameters
 from tunesmith.model.trainable import TrainableSpec, make_trainable
-from tunesmith.ops_attention import blocks_of
+from tunesmith.ops import chunked_logprobs
+from tunesmith.plan.heap import heap_peak
+from tunesmith.plan.live import LiveBytes
+
+STEPS = 2
+"""Steps that are traced: the second has the optimizer's memory, and a heap that has been used."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """Of one micro-batch: bytes kept for the backward, and floating-point operations of matrix products.
+    """Of one micro-batch: bytes, and floating-point operations of matrix products.
 
-    `parameters` and `trainable` count each parameter once; `head` is `(V, D)` of a language head and whether it
-    trains, None for a classifier; `widest` is the widest activation of a token, in numbers. `weight_bytes` are those of
-    the weights at rest, and `unpacked` the numbers of the largest quantised matrix (0: none is).
+    `parameters` and `trainable` count each parameter once; `weight_bytes` are those of the weights at rest, as training
+    holds them. `kept_bytes` are kept of the forward for the backward, `head_bytes` come on top while the loss is made,
+    and `step_bytes` are the most that a step holds at one time, gradients included, beside weights and optimizer.
+    `heap_bytes` is what glibc holds on top of that because of holes between tensors.
     """
 
     parameters: int
     trainable: int
     kept_bytes: int
+    head_bytes: int
+    step_bytes: int
+    heap_bytes: int
     forward_flops: int
     backward_flops: int
-    head: tuple[int, int, bool] | None
-    widest: int
     weight_bytes: int
-    unpacked: int = 0
 
 
 def step_shape(
-    base: str, kind: str, spec: TrainableSpec, lengths: Sequence[int], num_targets: int, *, bf16: bool, classes: int = 2
-) -> StepShape:
-    """The shape of a forward and backward over segments of `lengths` tokens. Raises what loading the config raises."""
+    base: str, kind: str, spec: TrainableSpec, lengths: Sequence[int], num_targets: int, *, bf16: bool,
+    classes: int = 2, adam: bool = True,
+) -> StepShape:  # fmt: skip
+    """The shape of a step over segments of `lengths` tokens. Raises what loading the config raises."""
     model = load_empty(base, kind, classes=classes)  # type: ignore[arg-type]
     model.set_attn_implementation(attention.NAME)
     make_trainable(model, spec)
     model.train()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    packed = [layer for _, layer in quantized_layers(model)]
-    weight_bytes = 4 * sum(p.numel() for p in model.parameters()) + sum(layer.num_bytes for layer in packed)
-    unpacked = max((layer.out_features * layer.in_features for layer in packed), default=0)
     total = num_parameters(model)
-    head = _head(model, kind)
-    forward, backward = _flops(model, sum(lengths), num_targets, head)
-    kept, widest = _kept(model, lengths, causal=kind == "causal", bf16=bf16)
-    return StepShape(total, trainable, kept, forward, backward, head, widest, weight_bytes, unpacked)
+    forward, backward = _flops(model, sum(lengths), num_targets, _head(model, kind))
+    make_lean(model, torch.bfloat16 if bf16 else torch.float32)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    _dress(model, mode)
+    own = [*model.parameters(), *model.buffers()]
+    weights = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in own}
+    with mode, LiveBytes(own) as live:
+        memory: list[Tensor] = []
+        for _ in range(STEPS):
+            kept, head = _forward_backward(model, kind, lengths, num_targets, bf16=bf16, live=live)
+            memory = memory or [torch.zeros_like(p) for p in _trained(model) for _ in range(2 if adam else 0)]
+            _update(model, memory)
+        step = live.peak - sum(tensor.untyped_storage().nbytes() for tensor in memory)
+    heap = heap_peak(live.events) - live.peak
+    return StepShape(total, trainable, kept, head, step, heap, forward, backward, sum(weights.values()))
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _forward_backward(
+    model: Any, kind: str, lengths: Sequence[int], num_targets: int, *, bf16: bool, live: LiveBytes
+) -> tuple[int, int]:
+    """(bytes kept for the backward, bytes on top of them while the loss is made); gradients stand in the model."""
+    model.zero_grad(set_to_none=True)
+    before = live.now
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        hidden = flat_hidden(model, _batch(lengths), causal=kind == "causal", offset=position_offset(model))
+        kept, so_far, live.peak = live.now, live.peak, live.now
+        loss = _loss(model, kind, hidden, lengths, num_targets)
+    head, live.peak = live.peak - kept, max(live.peak, so_far)
+    loss.backward()
+    return kept - before, head
+
+
+def _loss(model: Any, kind: str, hidden: Tensor, lengths: Sequence[int], num_targets: int) -> Tensor:
+    """A loss over `hidden [T, D]` as training makes it; of a head whose structure is not known, over `hidden`."""
+    if kind == "classifier":
+        scores = score_head(model)
+        how = (
+            "last" if scores is not None and scores.pool == "last" else "first"
+        )  # a mean has a size of its own, not bytes
+        return hidden.sum() if scores is None else scores.apply(pool(hidden, lengths, how)).float().sum()
+    head = language_head(model, causal=kind == "causal")
+    if head is None:
+        return hidden.sum()
+    rows = min(num_targets, hidden.shape[0])
+    hidden = head.transform(hidden[torch.arange(rows)])
+    targets = torch.zeros(rows, dtype=torch.long)
+    if type(head.decoder) is not nn.Linear:
+        return head.decoder(hidden).float().log_softmax(-1).gather(1, targets[:, None]).sum()
+    shape = {"scale": head.scale, "softcap": head.softcap}
+    return chunked_logprobs(hidden, head.decoder.weight, head.decoder.bias, targets, **shape).sum()
+
+
+@torch.no_grad()
+def _update(model: nn.Module, memory: Sequence[Tensor]) -> None:
+    """What an update makes on its way: AdamW's denominator for one parameter at a time, and the look for NaN."""
+    for moment in memory[1::2]:
+        (moment.sqrt() / 1.0).add_(1e-8)
+    for parameter in _trained(model):
+        torch.isfinite(parameter).all()
 
 
 def _head(model: Any, kind: str) -> tuple[int, int, bool] | None:
@@ -84,30 +149,6 @@ def _flops(model: nn.Module, num_tokens: int, num_targets: int, head: tuple[int,
         forward += work
         backward += work * (2 if weight.requires_grad else 1)
     return forward, backward
-
-
-def _kept(model: nn.Module, lengths: Sequence[int], *, causal: bool, bf16: bool) -> tuple[int, int]:
-    """(bytes kept for the backward, widest activation of a token) of a packed forward through the backbone."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    _dress(model, mode)
-    own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, Any] = {}
-    widest = 0
-
-    def keep(tensor: Tensor) -> Tensor:
-        nonlocal widest
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage  # held, so that no other storage takes its place
-            widest = max(widest, tensor.shape[-1] if tensor.dim() == 3 else 0)
-        return tensor
-
-    blocks_of(tuple(lengths))  # made of real numbers and kept: fake ones would have none
-    with mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        batch = _batch(lengths)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            flat_hidden(model, batch, causal=causal, offset=position_offset(model))
-    return sum(storage.nbytes() for storage in kept.values()), widest
 
 
 def _dress(model: nn.Module, mode: FakeTensorMode) -> None:

@@ -24,6 +24,10 @@ OTHERS = (
     ("4bit rank=16", TrainableSpec("lora", rank=16, alpha=32.0, quantize="4bit")),
 )
 
+FIRST_USE = 140 << 20
+"""Bytes that a training process comes to hold beside what a planning one does: a family's code, torch's libraries as
+far as they are used, matrix products that are compiled. Measured, 123 to 157 MB (docs/log.md)."""
+
 
 def plan(resolved: Resolved, *, on: str | None, price: float | None, say: Say) -> dict[str, Any]:
     """`{memory, fits, flops, seconds, methods, devices, ...}`; see docs/trust.md. Raises what preparing would raise."""
@@ -43,16 +47,19 @@ def plan(resolved: Resolved, *, on: str | None, price: float | None, say: Say) -
         say=_quiet,
     )
     load = load_of(recipe, tokenizer, inputs, device)
-    runtime = 0 if target is not None or device != "cpu" else peak_memory_bytes()
+    on_cpu = target is None and device == "cpu"
+    runtime = peak_memory_bytes() + FIRST_USE if on_cpu else 0
     classes = 1 if recipe.stage == "reward" else max(2, len(inputs.label_names))
 
     def of(spec: TrainableSpec) -> tuple[StepShape, MemoryPlan]:
         kind = STAGES[recipe.stage].KIND
-        shape = step_shape(base, kind, spec, load.lengths, load.num_targets, bf16=bf16, classes=classes)
+        optimizer = recipe.train.optimizer
+        shape = step_shape(
+            base, kind, spec, load.lengths, load.num_targets, bf16=bf16, classes=classes, adam=optimizer == "adamw"
+        )
         return shape, plan_memory(
-            shape, num_tokens=load.num_tokens, num_targets=load.num_targets, file_bytes=record["bytes"],
-            runtime=runtime, optimizer=recipe.train.optimizer, bf16=bf16,
-        )  # fmt: skip
+            shape, file_bytes=record["bytes"], runtime=runtime, optimizer=optimizer, on_cpu=on_cpu
+        )
 
     shape, memory = of(trainable_spec(recipe, resolved.folder))
     flops = _total_flops(shape, load)
@@ -87,11 +94,11 @@ def peak_of(job: Job, file_bytes: int) -> dict[str, Any]:
     classes = 1 if recipe.stage == "reward" else max(2, len(job.inputs.label_names))
     spec = trainable_spec(recipe, job.folder)
     kind = STAGES[recipe.stage].KIND
-    shape = step_shape(job.base, kind, spec, load.lengths, load.num_targets, bf16=bf16, classes=classes)
-    memory = plan_memory(
-        shape, num_tokens=load.num_tokens, num_targets=load.num_targets, file_bytes=file_bytes, runtime=0,
-        optimizer=recipe.train.optimizer, bf16=bf16,
-    )  # fmt: skip
+    optimizer = recipe.train.optimizer
+    shape = step_shape(
+        job.base, kind, spec, load.lengths, load.num_targets, bf16=bf16, classes=classes, adam=optimizer == "adamw"
+    )
+    memory = plan_memory(shape, file_bytes=file_bytes, runtime=0, optimizer=optimizer, on_cpu=job.device == "cpu")
     room = available_memory(job.device) + memory.weights
     flops = _total_flops(shape, load)
     rate = matmul_rate("bfloat16" if bf16 else "float32", size=1024) * REACHED
