@@ -70,6 +70,7 @@ def step_shape(
     weights = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in own}
     with mode, LiveBytes(own) as live:
         memory: list[Tensor] = []
+        kept = head = 0
         for _ in range(STEPS):
             kept, head = _forward_backward(model, kind, lengths, num_targets, bf16=bf16, live=live)
             memory = memory or [torch.zeros_like(p) for p in _trained(model) for _ in range(2 if adam else 0)]
