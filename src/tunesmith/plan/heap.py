@@ -3,8 +3,9 @@
 The rules are those of malloc.c (glibc 2.36): a block is taken from the smallest hole that holds it; freed neighbours
 join; a block above a threshold is mapped on its own, and the threshold rises to the largest mapped block that was
 freed, up to 32 MiB; the heap's end is given back once twice that threshold is free there. torch asks for aligned
-blocks, for which 96 bytes more are looked for than are used. What is left of them must join its neighbours again, else no hole
-takes a tensor of the size that left it: the command sees to that (`__main__.py`), and so it is counted here.
+blocks, for which 96 bytes more are looked for than are used. What is left of them must join its neighbours again,
+else no hole takes a tensor of the size that left it: the command sees to that (`__main__.py`), and so it is counted
+here.
 """
 
 from __future__ import annotations
