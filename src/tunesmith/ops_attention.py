@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -79,6 +79,10 @@ class How:
     dropout: float = 0.0
     seed: int = 0
 
+    def of_block(self, number: int) -> How:
+        """The same with masks of the block's own."""
+        return replace(self, seed=self.seed + (number << 32)) if self.dropout else self
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:
@@ -119,9 +123,9 @@ class _BlockAttention(torch.autograd.Function):
         blocks, order = blocks_of(lengths)
         with torch.autocast(query.device.type, enabled=False):
             parts = []
-            for block in blocks:
+            for number, block in enumerate(blocks):
                 q, k, v = (_taken(x, block) for x in (query, key, value))
-                parts.append((_dropped_forward if how.dropout else _forward)(q, k, v, block, how))
+                parts.append((_dropped_forward if how.dropout else _forward)(q, k, v, block, how.of_block(number)))
         out = _put_back(parts, order)
         ctx.save_for_backward(query, key, value, out)
         ctx.lengths, ctx.how = lengths, how
@@ -133,12 +137,12 @@ class _BlockAttention(torch.autograd.Function):
         grad, found = grads[0].to(query.dtype), []
         blocks, order = blocks_of(ctx.lengths)
         with torch.autocast(grad.device.type, enabled=False):
-            for block in blocks:
+            for number, block in enumerate(blocks):
                 q, k, v, o, g = (_taken(x, block) for x in (query, key, value, out, grad))
                 if block.real is not None:
                     g.mul_(block.real[:, None, :, None])
                 delta = (g.to(_exact(g.dtype)) * o).sum(-1)
-                found.append(_block_backward(q, k, v, g, delta, block, ctx.how))
+                found.append(_block_backward(q, k, v, g, delta, block, ctx.how.of_block(number)))
         return (*(_put_back(parts, order) for parts in zip(*found, strict=True)), None, None)
 
 
@@ -228,7 +232,7 @@ def _joined(x: Tensor, k: Tensor) -> Tensor:
 
 
 def _kept(shape: Sequence[int], tile: Tile, how: How) -> Tensor:
-    return keep_mask(shape, how.dropout, torch.Generator().manual_seed(how.seed + tile.number))
+    return keep_mask(shape, how.dropout, torch.Generator().manual_seed((how.seed + tile.number) % (1 << 63)))
 
 
 def _dropped_forward(q: Tensor, k: Tensor, v: Tensor, block: Block, how: How) -> Tensor:

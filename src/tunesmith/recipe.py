@@ -288,6 +288,10 @@ def _explain(item: Any, lines: Lines, name: str) -> tuple[str, str]:
         return key, _at(name, lines, key, f"there is no key `{key}`{_suggest(key)}")
     if kind == "missing":
         return key, _at(name, lines, key, f"`{key}` is missing; {_MISSING.get(key, 'add it')}")
+    inside = dict.fromkeys(k[len(key) + 1 :].partition(".")[0] for k in _all_keys() if k.startswith(f"{key}."))
+    if kind in ("model_type", "model_attributes_type") and inside:
+        text = f"`{key}` is {repr(item['input'])[:60]}, and takes keys of its own: {', '.join(inside)}"
+        return key, _at(name, lines, key, text)
     found, said = repr(item["input"])[:60], item["msg"].replace("Input s", "s")
     return key, _at(name, lines, key, f"`{key}` is {found}: {said}{_quoted(item['input'])}")
 

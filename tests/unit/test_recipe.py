@@ -287,3 +287,13 @@ def test_a_recipe_is_checked_without_torch():
 def test_text_that_is_no_recipe_is_named(tmp_path):
     assert "a recipe is a list of `key: value` lines" in _said(_write(tmp_path, "- a\n- b\n"))
     assert "a recipe is a list of `key: value` lines" in _said(_write(tmp_path, ""))
+
+
+def test_a_section_written_as_a_value_is_told_its_keys(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("stage: sft\nbase: here\ndata: {train: rows.jsonl, split: 0.25}\ntune: lora\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    said = str(caught.value)
+    assert ":3: `data.split` is 0.25, and takes keys of its own: eval, test" in said
+    assert ":4: `tune` is 'lora', and takes keys of its own: method, " in said

@@ -78,7 +78,7 @@ _FOUND = {
 _FEW_HELD_OUT = 10
 """Held-out rows below which one label among them is chance, and told alone."""
 _NO_ANSWERS = ("pretrain", "mlm", "classify", "ppo", "grpo")
-_IN_TEXT = ("pretrain", "mlm")
+_IN_TEXT = ("pretrain", "mlm", "classify")
 """Stages whose rows may be written in a chat template on purpose."""
 
 
