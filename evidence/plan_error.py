@@ -124,7 +124,8 @@ def planned(family: str, length: int, batch: int, folder: Path) -> dict[str, int
     """The planned peak of every method, bytes."""
     answer = answer_of("plan", str(recipe_of((family, length, batch, "full"), folder)), folder=folder)
     found = {row["method"]: row["peak"] for row in answer["methods"]}
-    assert found["full"] == answer["memory"]["peak"], "the table says of the recipe's own method what the plan says"
+    apart = abs(found["full"] - answer["memory"]["peak"]) / found["full"]
+    assert apart < 0.01, f"the table says of the recipe's own method what the plan says, but for {apart:.1%}"
     return found
 
 
