@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.ops_attention import block_attention
+from tunesmith.ops_norm import precise
 
 BLOCK_TOKENS = 256
 """Longest segment whose backward is made of whole tiles; torch's own kernel wins beyond (docs/log.md)."""
@@ -66,7 +67,7 @@ def attend(
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    weights = F.dropout(scores.to(_precise(scores.dtype)).softmax(-1).to(value.dtype), dropout)
+    weights = F.dropout(scores.to(precise(scores.dtype)).softmax(-1).to(value.dtype), dropout)
     return weights @ value
 
 
@@ -128,7 +129,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
     ) -> Tensor:
         head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         ahead = hidden.requires_grad and not head_trains
-        logprobs = torch.empty(len(hidden), dtype=_precise(hidden.dtype), device=hidden.device)
+        logprobs = torch.empty(len(hidden), dtype=precise(hidden.dtype), device=hidden.device)
         gradient = torch.empty_like(hidden) if ahead else None
         ctx.compute = _matmul_dtype(weight)
         head, shift = _cast(ctx.compute, weight, bias)
@@ -150,9 +151,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
             return (gradient * outer[:, None].to(gradient.dtype), None, None, None, None, None)
         hidden, weight, bias, targets = ctx.saved_tensors
         to_hidden = torch.empty_like(hidden)
-        precise = _precise(hidden.dtype)
-        to_weight = torch.zeros_like(weight, dtype=precise)
-        to_bias = None if bias is None else torch.zeros_like(bias, dtype=precise)
+        exact = precise(hidden.dtype)
+        to_weight = torch.zeros_like(weight, dtype=exact)
+        to_bias = None if bias is None else torch.zeros_like(bias, dtype=exact)
         head, shift = _cast(ctx.compute, weight, bias)
         for part in _chunks(len(hidden), weight.shape[0]):
             logits, slope = _logits(hidden[part], head, shift, ctx.scale, ctx.softcap)
@@ -188,15 +189,11 @@ def _cast(dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def _precise(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
     """fp32 logits (in float64 for float64 inputs) and, under a soft cap, their slope to what was capped."""
-    logits = F.linear(hidden.to(weight.dtype), weight, bias).to(_precise(hidden.dtype))
+    logits = F.linear(hidden.to(weight.dtype), weight, bias).to(precise(hidden.dtype))
     if scale != 1.0:
         logits = logits * scale
     if softcap is None:

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.ops_norm import precise
+
 LIKE = 0.7
 """A block holds segments of at least this share of its longest one: what is padded costs less than more calls."""
 TILE_SCORES = 1 << 22
@@ -141,7 +143,7 @@ class _BlockAttention(torch.autograd.Function):
                 q, k, v, o, g = (_taken(x, block) for x in (query, key, value, out, grad))
                 if block.real is not None:
                     g.mul_(block.real[:, None, :, None])
-                delta = (g.to(_exact(g.dtype)) * o).sum(-1)
+                delta = (g.to(precise(g.dtype)) * o).sum(-1)
                 found.append(_block_backward(q, k, v, g, delta, block, ctx.how.of_block(number)))
         return (*(_put_back(parts, order) for parts in zip(*found, strict=True)), None, None)
 
@@ -154,13 +156,11 @@ def drawn_seed() -> int:
 
 def keep_mask(shape: Sequence[int], dropout: float, generator: torch.Generator | None = None) -> Tensor:
     """True where something is kept, with probability 1 - dropout to within 2^-17: 16 random bits an element."""
-    count = math.prod(shape)
-    numbers = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    count, device = math.prod(shape), None if generator is None else generator.device
+    numbers = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(
+        -(2**63), None, generator=generator
+    )
     return (numbers.view(torch.int16)[:count] >= round(dropout * 65536) - 32768).view(tuple(shape))
-
-
-def _exact(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _taken(x: Tensor, block: Block) -> Tensor:
@@ -220,7 +220,7 @@ def _weights(q: Tensor, k: Tensor, tile: Tile, how: How) -> Tensor:
 
     The heads that share a key are one matrix.
     """
-    exact = _exact(q.dtype)
+    exact = precise(q.dtype)
     scores = torch.bmm(_joined(q, k).to(exact), k.flatten(0, 1).to(exact).transpose(1, 2)).mul_(how.scaling)
     scores = scores.view(*q.shape[:3], k.shape[2])
     return (scores if tile.hidden is None else scores.add_(tile.hidden)).softmax(-1)
@@ -238,7 +238,7 @@ def _kept(shape: Sequence[int], tile: Tile, how: How) -> Tensor:
 def _dropped_forward(q: Tensor, k: Tensor, v: Tensor, block: Block, how: How) -> Tensor:
     """torch's kernels take no dropout on a CPU, so the weights are made, and dropped, tile by tile."""
     out = torch.empty_like(q)
-    for tile in _tiles(block, q.shape[0], q.shape[1], how, _exact(q.dtype)):
+    for tile in _tiles(block, q.shape[0], q.shape[1], how, precise(q.dtype)):
         part = q[tile.rows, :, tile.queries]
         keys, values = k[tile.rows, :, tile.keys], v[tile.rows, :, tile.keys]
         weights = _weights(part, keys, tile, how)

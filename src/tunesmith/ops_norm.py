@@ -13,7 +13,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        wide = x.to(_exact(x.dtype))
+        wide = x.to(precise(x.dtype))
         mean = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         inverse = mean.add_(eps).rsqrt_()
         ctx.save_for_backward(x, inverse, weight)
@@ -32,7 +32,8 @@ class _RMSNorm(torch.autograd.Function):
         return through.addcmul_(normal, shared, value=-1).mul_(inverse).to(x.dtype), to_weight, None, None
 
 
-def _exact(dtype: torch.dtype) -> torch.dtype:
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums are taken in: fp32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

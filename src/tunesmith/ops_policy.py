@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.ops import _cast, _chunks, _dlogits, _logits, _matmul_dtype, _precise, _to_hidden
+from tunesmith.ops import _cast, _chunks, _dlogits, _logits, _matmul_dtype, _to_hidden
+from tunesmith.ops_norm import precise
 
 
 class _PolicyLogprobs(torch.autograd.Function):
@@ -30,7 +31,7 @@ class _PolicyLogprobs(torch.autograd.Function):
         scale, softcap, temperature = shape
         head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         ahead = hidden.requires_grad and not head_trains and not learn_entropy
-        logprobs = torch.empty(len(hidden), dtype=_precise(hidden.dtype), device=hidden.device)
+        logprobs = torch.empty(len(hidden), dtype=precise(hidden.dtype), device=hidden.device)
         entropies = torch.empty_like(logprobs)
         gradient = torch.empty_like(hidden) if ahead else None
         ctx.compute = _matmul_dtype(weight)
@@ -59,10 +60,10 @@ class _PolicyLogprobs(torch.autograd.Function):
             return (gradient * outer[:, None].to(gradient.dtype), *(None,) * 5)
         hidden, weight, bias, targets = ctx.saved_tensors
         scale, softcap, temperature = ctx.shape
-        precise = _precise(hidden.dtype)
+        exact = precise(hidden.dtype)
         to_hidden = torch.empty_like(hidden)
-        to_weight = torch.zeros_like(weight, dtype=precise)
-        to_bias = None if bias is None else torch.zeros_like(bias, dtype=precise)
+        to_weight = torch.zeros_like(weight, dtype=exact)
+        to_bias = None if bias is None else torch.zeros_like(bias, dtype=exact)
         head, shift = _cast(ctx.compute, weight, bias)
         for part in _chunks(len(hidden), weight.shape[0]):
             logits, slope = _logits(hidden[part], head, shift, scale, softcap)

@@ -38,6 +38,14 @@ def test_eval_of_a_run_gives_what_the_run_measured(labels_run, run, work):
     assert "accuracy" in run("eval", labels_run, "--data", "labels-eval.jsonl").out
 
 
+@pytest.mark.parametrize(("stage", "data"), [("classify", "labels"), ("sft", "pairs")])
+def test_eval_of_a_run_in_bfloat16_gives_what_the_run_measured(stage, data, run, work):
+    """Opened again, its norms, rotary embeddings and weights are in the types they were measured in."""
+    tunesmith.train(recipe_for(stage, precision="bfloat16"), run="narrow")
+    done = run("eval", "narrow", "--data", f"{data}-eval.jsonl", "--json")
+    assert done.json["metrics"]["loss"] == tunesmith.runs_show("narrow")["after"]["loss"]
+
+
 def test_eval_of_a_bare_model(run, work):
     """What it is measured as follows from what it was built as and from the data."""
     for base, data, stage in (

@@ -18,6 +18,8 @@ from tunesmith.errors import DataError
 
 COMPLETED = ("sft", "pretrain", "mlm")
 """Stages that use a template's completion; the others are given its prompt alone."""
+ANSWERS = ("label", "completion", "answer", "output")
+"""Roles of a format that hold what is learned."""
 
 
 def converter(layout: Layout, stage: str, template: Template | None) -> Callable[[Row], Record]:
@@ -33,7 +35,7 @@ def converter(layout: Layout, stage: str, template: Template | None) -> Callable
 def _answer_column(columns: Mapping[str, str], template: Template | None) -> str | None:
     """The column that holds what is learned of a row, where it is one."""
     learned = () if template is None else placeholders(template.completion)
-    roles = [*learned, "label", "completion", "answer", "output"]
+    roles = [*learned, *ANSWERS]
     return next((columns.get(role, role) for role in roles if role in columns or role in learned), None)
 
 

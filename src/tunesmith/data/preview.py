@@ -153,11 +153,7 @@ def _by_words(text: str, content: str, at: int) -> tuple[int, int]:
 def text_kept(records: Iterable[Record], tokenizer: Any, *, rows: int = 20) -> dict[str, Any]:
     """How many of the first texts come back to the letter when encoded and decoded, and the first place of the first
     that does not. That one does not is no fault of the data: a vocabulary may know no capitals, or not all signs."""
-    texts = []
-    for record in islice(records, rows):
-        texts.append(
-            output_text(record) if isinstance(record, Chat) else next((t for _, t in _messages(record, 0)), "")
-        )
+    texts = [_text_of(record) for record in islice(records, rows)]
     kept, example = 0, None
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -111,7 +111,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _mask(like: Tensor, rate: float, seed: int) -> Tensor:
     """The dropout mask of `seed`, already divided by 1 - rate: made again in the backward instead of kept."""
-    kept = keep_mask(like.shape, rate, torch.Generator().manual_seed(seed)).to(like.device)
+    kept = keep_mask(like.shape, rate, torch.Generator(like.device).manual_seed(seed))
     return kept.to(like.dtype).div_(1.0 - rate)
 
 

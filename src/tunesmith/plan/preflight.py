@@ -79,7 +79,7 @@ _FEW_HELD_OUT = 10
 """Held-out rows below which one label among them is chance, and told alone."""
 _NO_ANSWERS = ("pretrain", "mlm", "classify", "ppo", "grpo")
 _IN_TEXT = ("pretrain", "mlm", "classify")
-"""Stages whose rows may be written in a chat template on purpose."""
+"""Stages whose rows may hold such tokens on purpose: texts in a chat template, pairs of sentences."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,9 +103,7 @@ def _loss(model: Any, kind: str, hidden: Tensor, lengths: Sequence[int], num_tar
     """A loss over `hidden [T, D]` as training makes it; of a head whose structure is not known, over `hidden`."""
     if kind == "classifier":
         scores = score_head(model)
-        how = (
-            "last" if scores is not None and scores.pool == "last" else "first"
-        )  # a mean has a size of its own, not bytes
+        how = "last" if scores is not None and scores.pool == "last" else "first"  # a mean takes as many bytes
         return hidden.sum() if scores is None else scores.apply(pool(hidden, lengths, how)).float().sum()
     head = language_head(model, causal=kind == "causal")
     if head is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data.column import read_texts_of_rows
+from tunesmith.data.convert import ANSWERS
 from tunesmith.data.records import read_records
 from tunesmith.data.templates import get_template, placeholders
 from tunesmith.errors import DataError
@@ -15,9 +16,6 @@ from tunesmith.model.score import ScoreModel
 from tunesmith.rundir import RunDir, write_whole
 from tunesmith.stages import using
 from tunesmith.stages.finals import Tuned
-
-ANSWERS = ("label", "completion", "answer", "output")
-"""Roles of a format that hold what is learned."""
 
 
 def annotate(run: RunDir, file: str | Path, to: Path, *, column: str | None, max_tokens: int) -> list[dict[str, Any]]:

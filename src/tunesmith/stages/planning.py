@@ -52,13 +52,9 @@ def plan(resolved: Resolved, *, on: str | None, price: float | None, say: Say) -
     classes = 1 if recipe.stage == "reward" else max(2, len(inputs.label_names))
 
     def of(spec: TrainableSpec) -> tuple[StepShape, MemoryPlan]:
-        kind = STAGES[recipe.stage].KIND
-        optimizer = recipe.train.optimizer
-        shape = step_shape(
-            base, kind, spec, load.lengths, load.num_targets, bf16=bf16, classes=classes, adam=optimizer == "adamw"
-        )
+        shape = _shape(recipe, base, spec, load, bf16=bf16, classes=classes)
         return shape, plan_memory(
-            shape, file_bytes=record["bytes"], runtime=runtime, optimizer=optimizer, on_cpu=on_cpu
+            shape, file_bytes=record["bytes"], runtime=runtime, optimizer=recipe.train.optimizer, on_cpu=on_cpu
         )
 
     shape, memory = of(trainable_spec(recipe, resolved.folder))
@@ -92,17 +88,22 @@ def peak_of(job: Job, file_bytes: int) -> dict[str, Any]:
     recipe, bf16 = job.recipe, job.precision == "bfloat16"
     load = load_of(recipe, job.tokenizer, job.inputs, job.device)
     classes = 1 if recipe.stage == "reward" else max(2, len(job.inputs.label_names))
-    spec = trainable_spec(recipe, job.folder)
-    kind = STAGES[recipe.stage].KIND
-    optimizer = recipe.train.optimizer
-    shape = step_shape(
-        job.base, kind, spec, load.lengths, load.num_targets, bf16=bf16, classes=classes, adam=optimizer == "adamw"
+    shape = _shape(recipe, job.base, trainable_spec(recipe, job.folder), load, bf16=bf16, classes=classes)
+    memory = plan_memory(
+        shape, file_bytes=file_bytes, runtime=0, optimizer=recipe.train.optimizer, on_cpu=job.device == "cpu"
     )
-    memory = plan_memory(shape, file_bytes=file_bytes, runtime=0, optimizer=optimizer, on_cpu=job.device == "cpu")
     room = available_memory(job.device) + memory.weights
     flops = _total_flops(shape, load)
     rate = matmul_rate("bfloat16" if bf16 else "float32", size=1024) * REACHED
     return {"peak": memory.peak, "room": room, "fits": memory.peak <= room, "seconds": flops / rate}
+
+
+def _shape(recipe: Recipe, base: str, spec: TrainableSpec, load: Load, *, bf16: bool, classes: int) -> StepShape:
+    """The step of the largest micro-batch, tuned by `spec`."""
+    return step_shape(
+        base, STAGES[recipe.stage].KIND, spec, load.lengths, load.num_targets, bf16=bf16, classes=classes,
+        adam=recipe.train.optimizer == "adamw",
+    )  # fmt: skip
 
 
 def _quiet(_: str) -> None:

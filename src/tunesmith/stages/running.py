@@ -44,7 +44,7 @@ def start(run: RunDir, resolved: Resolved, *, say: Say, show: Show) -> dict[str,
     job, base = prepare(resolved.recipe, resolved.folder, say=say)
     job = replace(job, run=run)
     built = _build(job, say)
-    baselining.wanted(job)
+    baselining.wanted(job)  # refuses what cannot be, before anything is written
     run.write_json("origins", dict(resolved.origins))
     run.write_json("inputs", _inputs(job, base, resolved.folder))
     _show_page(run, job, say)

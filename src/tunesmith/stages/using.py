@@ -117,10 +117,11 @@ def settled(run: RunDir, recipe: Recipe) -> tuple[str, str]:
 
 
 def _of_run(run: RunDir, data: str | None) -> _Model:
-    tuned, only = open_tuned(run), {} if data is None else _only(data)
+    device, precision = settled(run, load_resolved(run.file("recipe")))
+    tuned, only = open_tuned(run, precision=precision), {} if data is None else _only(data)
     recipe = tuned.recipe.model_copy(update={"data": tuned.recipe.data.model_copy(update=only)})
     return _Model(
-        recipe, tuned.tokenizer, tuned.base, tuned.trainable, *settled(run, recipe), tuned.label_names, tuned.backbone
+        recipe, tuned.tokenizer, tuned.base, tuned.trainable, device, precision, tuned.label_names, tuned.backbone
     )
 
 
