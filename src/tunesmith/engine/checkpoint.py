@@ -107,8 +107,8 @@ def latest_checkpoint(root: Path, *, warn: Callable[[str], None], repair: bool =
     if not damaged:
         return None
     problems = [f"{path}: {problem}" for path, found in damaged for problem in found]
-    todo = "restore one from a backup, or start a new run under another name"
-    raise several(problems, RunError, headline=f"no sound checkpoint in {root}; {todo}:")
+    advice = "restore one from a backup, or start a new run under another name"
+    raise several(problems, RunError, headline=f"no sound checkpoint in {root}; {advice}:")
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -90,11 +90,11 @@ class MetricsLog:
     def cut(self, size: int) -> None:
         """Shorten the file to `size` bytes; `RunError` when it is shorter or a line would be cut in two."""
         found = self.size()
-        todo = "put the run's own metrics.jsonl back, or start a new run"
+        advice = "put the run's own metrics.jsonl back, or start a new run"
         if found < size:
-            raise RunError(f"{self.path}: {found} bytes found, the checkpoint was saved at {size}; {todo}")
+            raise RunError(f"{self.path}: {found} bytes found, the checkpoint was saved at {size}; {advice}")
         if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
-            raise RunError(f"{self.path}: byte {size} does not end a line, so it is not this run's file; {todo}")
+            raise RunError(f"{self.path}: byte {size} does not end a line, so it is not this run's file; {advice}")
         with durable.disk_errors(self.path):
             os.ftruncate(self._descriptor, size)
             os.fsync(self._descriptor)

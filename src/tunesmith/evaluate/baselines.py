@@ -2,62 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from tunesmith.errors import DataError
 from tunesmith.evaluate.compare import MIN_ROWS, judge, main_metric, number
-from tunesmith.evaluate.intervals import Estimate, wilson
-from tunesmith.evaluate.linear import fit_logistic, nearest, predict_logistic, tfidf
+from tunesmith.evaluate.intervals import Estimate
+from tunesmith.evaluate.linear import nearest, tfidf
 
-BAG_OF_WORDS = "TF-IDF + logistic regression"
-MAJORITY = "most frequent label"
 TITLES = {
-    "majority": MAJORITY,
-    "tfidf": BAG_OF_WORDS,
+    "majority": "most frequent label",
+    "tfidf": "TF-IDF + logistic regression",
     "linear_probe": "frozen features + linear classifier",
     "nearest_neighbour": "nearest neighbour",
     "zero_shot": "zero-shot prompt, base untuned",
     "few_shot": "few-shot prompt, base untuned",
 }
 """Every baseline by its name in a recipe, in the order of a table; and what it is called there."""
-
-
-def bag_of_words(train: Sequence[tuple[str, str]], texts: Sequence[str]) -> list[str]:
-    """The label of each text from the words in it alone: TF-IDF weights and logistic regression fitted on `train`.
-
-    `train` are (text, label). Words are lower-cased, 1 + log(count) weighted; the regression has L2 and C = 1.
-    `DataError` unless there are two labels.
-    """
-    names = sorted({label for _, label in train})
-    if len(names) < 2:
-        raise DataError("a classifier needs at least two labels in its training rows")
-    place = {name: i for i, name in enumerate(names)}
-    known, asked = tfidf([text for text, _ in train], texts)
-    weights = fit_logistic(known, np.asarray([place[label] for _, label in train]), len(names))
-    return [names[i] for i in predict_logistic(weights, asked)]
-
-
-def most_frequent(labels: Sequence[str]) -> str:
-    """The label that most rows have; of equal ones the first."""
-    return Counter(labels).most_common(1)[0][0]
-
-
-def classifier_baselines(
-    train: Sequence[tuple[str, str]], held_out: Sequence[tuple[str, str]]
-) -> dict[str, dict[str, Estimate]]:
-    """system -> {"accuracy": with Wilson's interval} on `held_out`, fitted on `train`; both are (text, label)."""
-    truth = [label for _, label in held_out]
-    most = most_frequent([label for _, label in train])
-    said = {MAJORITY: [most] * len(truth), BAG_OF_WORDS: bag_of_words(train, [text for text, _ in held_out])}
-    return {
-        system: {"accuracy": wilson(sum(a == b for a, b in zip(labels, truth, strict=True)), len(truth))}
-        for system, labels in said.items()
-    }
 
 
 def nearest_answers(prompts: Sequence[str], answers: Sequence[str], asked: Sequence[str]) -> list[str]:

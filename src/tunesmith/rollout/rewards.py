@@ -89,27 +89,27 @@ def _checked(part: Part, items: Sequence[Completed]) -> Floats:
     except TunesmithError:
         raise
     except Exception as error:  # the user's own code raises what it likes
-        raise RewardError(f"{what} raised {_described(error)}{_culprit(part, items)}. {_TODO}") from error
+        raise RewardError(f"{what} raised {_described(error)}{_culprit(part, items)}. {_MEND}") from error
     if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__len__"):
-        raise RewardError(f"{what} returned a {type(values).__name__}, not a list of numbers. {_TODO}")
+        raise RewardError(f"{what} returned a {type(values).__name__}, not a list of numbers. {_MEND}")
     if len(values) != len(items):
         raise RewardError(
             f"{what} returned {len(values)} numbers for {len(items)} completions, of which the first is "
-            f"{items[0].place()}. It must return one for each, in their order. {_TODO}"
+            f"{items[0].place()}. It must return one for each, in their order. {_MEND}"
         )
     return np.asarray([_number(value, item, what) for value, item in zip(values, items, strict=True)], np.float64)
 
 
-_TODO = "Nothing is lost: mend it, and go on with `tunesmith train --resume RUN`"
+_MEND = "Nothing is lost: mend it, and go on with `tunesmith train --resume RUN`"
 
 
 def _number(value: Any, item: Completed, what: str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise RewardError(f"{what} returned {value!r:.80} for {item.place()}, which is no number. {_TODO}") from None
+        raise RewardError(f"{what} returned {value!r:.80} for {item.place()}, which is no number. {_MEND}") from None
     if not math.isfinite(number):
-        raise RewardError(f"{what} returned {number} for {item.place()}. {_TODO}")
+        raise RewardError(f"{what} returned {number} for {item.place()}. {_MEND}")
     return number
 
 

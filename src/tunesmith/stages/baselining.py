@@ -21,7 +21,7 @@ from tunesmith.data.batches import collate
 from tunesmith.data.chat import encode_text
 from tunesmith.data.store import SampleStore
 from tunesmith.errors import RecipeError
-from tunesmith.evaluate.baselines import BAG_OF_WORDS, TITLES, nearest_answers, rivals_of, worth
+from tunesmith.evaluate.baselines import TITLES, nearest_answers, rivals_of, worth
 from tunesmith.evaluate.compare import compare
 from tunesmith.evaluate.features import mean_hidden
 from tunesmith.evaluate.generate import GenerationResult, questions_of
@@ -150,7 +150,7 @@ def _classify(built: Built, job: Job, names: Sequence[str]) -> list[Baseline]:
     texts = _Texts(job.tokenizer, train, parts)
     makers: dict[str, Callable[[], tuple[dict[str, Classes], str, float | None]]] = {
         "majority": lambda: (_majority(texts), TITLES["majority"], None),
-        "tfidf": lambda: (_tfidf(texts, job), BAG_OF_WORDS, None),
+        "tfidf": lambda: (_tfidf(texts, job), TITLES["tfidf"], None),
         "linear_probe": lambda: (*_probe(features(), "linear_probe", job), None),
         "nearest_neighbour": lambda: (*_probe(features(), "nearest_neighbour", job), None),
         "zero_shot": lambda: _prompted(built, job, shots=0),

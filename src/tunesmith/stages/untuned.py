@@ -79,10 +79,10 @@ def measure_test(run: Path, recipe: str, overrides: Sequence[str]) -> Json | Non
     if sets.test is None:
         return None
     measured, origins = using.measure_records(RunDir(run), sets.test)
-    return {"metrics": measured.as_json(), "test": as_json(replace_large(measured)), "origins": {"test": origins}}
+    return {"metrics": measured.as_json(), "test": as_json(_small(measured)), "origins": {"test": origins}}
 
 
-def replace_large(measured: Measured) -> Measured:
+def _small(measured: Measured) -> Measured:
     """Without what only one run has a use for."""
     return replace(measured, predictions=(), generation=None)
 
