@@ -80,6 +80,7 @@ def test_streams_differ():
 def test_a_family_without_cache_is_computed_again(sampler: Sampler):
     slow = Sampler(sampler.model, sampler.tokenizer)
     slow.uses_cache = slow._pads = False
+    slow.why_slow = "told so"
     prompts = [[7, 8], [9, 10], [11]]
     assert [r.ids for r in slow.sample(prompts, max_tokens=5, seed=1)] == [
         r.ids for r in sampler.sample(prompts, max_tokens=5, seed=1)

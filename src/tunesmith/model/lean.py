@@ -127,7 +127,7 @@ def make_lean(backbone: nn.Module, compute: torch.dtype) -> None:
     for name, module in list(backbone.named_modules()):
         lean = None
         if type(module).__name__.endswith("RMSNorm"):
-            lean = _lean_norm(module)
+            lean = lean_norm(module)
         elif type(module).__name__.endswith("MLP") and not again:
             lean = _lean_mlp(module)
         elif type(module) is nn.Dropout and module.p and not on_device:
@@ -198,7 +198,7 @@ def _narrow(module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
         narrow.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
         return narrow
     named = type(module).__name__
-    return _lean_norm(module) if named.endswith("RMSNorm") and named != LeanRMSNorm.__name__ else None
+    return lean_norm(module) if named.endswith("RMSNorm") and named != LeanRMSNorm.__name__ else None
 
 
 def _is_quantized(backbone: nn.Module) -> bool:
@@ -220,7 +220,7 @@ def _frozen_like(module: nn.Linear) -> FrozenLinear:
 
 
 @torch.no_grad()
-def _lean_norm(module: Any) -> LeanRMSNorm | None:
+def lean_norm(module: Any) -> LeanRMSNorm | None:
     """The replacement, when it gives what the family's own norm gives on rows drawn from a seed; else None."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))

@@ -106,11 +106,16 @@ def probe_batch(backbone: Any) -> Batch:
 def _past_window(config: Any) -> tuple[int, ...]:
     """The length of a segment that a window of attention cuts, where the model has one; a window that lives in the
     mask alone shows there only. Left out where it would not be cheap: a long window, or logits of 256 MB."""
-    windows = [value for name in _WINDOWS if isinstance(value := getattr(config, name, None), int)]
+    windows = attention_windows(config)
     longest = int(getattr(config, "max_position_embeddings", None) or MAX_WINDOW + PAST_WINDOW)
     lengths = [w + PAST_WINDOW for w in windows if 0 < w <= MAX_WINDOW]
     fit = [n for n in lengths if n <= longest and (n + sum(PROBE_LENGTHS)) * config.vocab_size <= MAX_PROBE_LOGITS]
     return (max(fit),) if fit else ()
+
+
+def attention_windows(config: Any) -> list[int]:
+    """The windows that a configuration names; which layers look through one is the family's own business."""
+    return [value for name in _WINDOWS if isinstance(value := getattr(config, name, None), int)]
 
 
 def switch_tokens(config: Any) -> int | None:

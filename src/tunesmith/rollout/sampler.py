@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,15 +13,13 @@ from torch import Tensor, nn
 
 from tunesmith.data.chat import turn_end
 from tunesmith.errors import ModelError
+from tunesmith.model.decoding import Decoder, why_not
+from tunesmith.model.heads import language_head
 from tunesmith.model.lean import narrowed
+from tunesmith.rollout.steps import FamilySteps, Steps, cache_name
 
-CACHE_NAMES = ("cache", "past_key_values")
-"""What transformers calls the KV cache, newest name first."""
 PART = 256
 """Vocabulary entries that are summed together when a token is drawn."""
-ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
-"""Layers whose cache can be padded on the left and thinned by rows; recurrent ones cannot."""
-
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
@@ -78,6 +75,10 @@ class _Row:
     ended: bool = False
     stop: str = ""
 
+    @property
+    def done(self) -> bool:
+        return self.ended or len(self.ids) >= self.limit
+
 
 @dataclass(frozen=True, slots=True)
 class _Stops:
@@ -109,8 +110,9 @@ class Sampler:
     """Completes prompts with a causal `LanguageModel`; at most `max_cache_tokens` stand in the cache at once.
 
     Prompts of like length share a forward (left padded, where the family allows it), completions of one prompt
-    share its prefill, and finished rows leave the batch. `uses_cache` is False for families whose cache cannot be
-    used so (recurrent layers); there every step computes the whole text again.
+    share its prefill, and finished rows leave the batch. `why_slow` is empty when the layers are read for decoding
+    (`model/decoding.py`), and says why the family's own forward runs otherwise. `uses_cache` is False for families
+    whose cache cannot be padded (recurrent layers); there every step computes the whole text again.
     """
 
     def __init__(self, language_model: Any, tokenizer: Any, *, max_cache_tokens: int = 1 << 16) -> None:
@@ -118,16 +120,13 @@ class Sampler:
         self.tokenizer = tokenizer
         self.max_cache_tokens = max_cache_tokens
         config = language_model.backbone.config.get_text_config()
-        accepted = inspect.signature(language_model.backbone.forward).parameters
-        self._cache_name = next((n for n in CACHE_NAMES if n in accepted), None)
-        kinds = set(getattr(config, "layer_types", None) or ())
-        self.uses_cache: bool = self._cache_name is not None and "position_ids" in accepted and kinds <= ATTENTION_KINDS
+        self.uses_cache: bool = cache_name(language_model.backbone) is not None
         softcap = getattr(config, "attn_logit_softcapping", None)
         self._pads = self.uses_cache and softcap is None  # a soft-capped row that sees nothing would be NaN
-        self._keep = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self._pad_id: int = config.pad_token_id or 0
         self._turn_end = turn_end(tokenizer)
+        self.why_slow: str | None = None if self.uses_cache else "its cache cannot be padded"
 
     def sample(
         self,
@@ -153,10 +152,10 @@ class Sampler:
         ends = frozenset(self.end_ids()) | frozenset(int(i) for i in stop_ids)
         stops = _Stops(ends, tuple(stop), self.tokenizer, frozenset(self.tokenizer.all_special_ids))
         done: dict[tuple[int, int], _Row] = {}
-        with _evaluating(self.model), narrowed(self.model.backbone, self.model.compute):
+        with _evaluating(self.model), self._steps() as steps:
             for indices in self._groups(prompts, num_per_prompt, max_tokens):
                 rows = [self._row(i, k, prompts[i], max_tokens, seed) for i in indices for k in range(num_per_prompt)]
-                self._complete(rows, num_per_prompt, draw, stops)
+                self._complete(steps, rows, num_per_prompt, draw, stops)
                 done.update({(row.index, row.number): row for row in rows})
         return [self._rollout(done[i, k]) for i in range(len(prompts)) for k in range(num_per_prompt)]
 
@@ -213,50 +212,38 @@ class Sampler:
         if group:
             yield group
 
-    def _complete(self, rows: list[_Row], num: int, draw: Draw, stops: _Stops) -> None:
+    @contextmanager
+    def _steps(self) -> Iterator[Steps]:
+        """What makes the next logits, with the weights as they are now."""
+        model = self.model
+        head = language_head(model.backbone, causal=True)
+        if self.why_slow is None:
+            self.why_slow = why_not(model.backbone, head, model.compute)
+        if head is not None and not self.why_slow:
+            yield Decoder(model.backbone, head, model.compute)
+        else:
+            with narrowed(model.backbone, model.compute):
+                yield FamilySteps(model, cached=self.uses_cache)
+
+    def _complete(self, steps: Steps, rows: list[_Row], num: int, draw: Draw, stops: _Stops) -> None:
         """Grow every row until it ends. The prompt runs once for `num` neighbouring rows."""
         device = self.model.backbone.device
-        ids, mask = _left_padded([row.prompt for row in rows[::num]], self._pad_id, device)
-        logits, cache = self._forward(ids, mask, None)
-        ids, mask, logits = (t.repeat_interleave(num, 0) for t in (ids, mask, logits))
-        if cache is not None and num > 1:
-            cache.batch_repeat_interleave(num)
+        ids, real = _left_padded([row.prompt for row in rows[::num]], self._pad_id, device)
+        logits = steps.begin(ids, real, num, max(row.limit for row in rows))
         while True:
             tokens, logprobs = next_tokens(
                 logits, draw, [row.generator for row in rows], temperature=self.model.temperature
             )
-            alive = _grow(rows, tokens, logprobs, stops)
+            _grow(rows, tokens, logprobs, stops)
+            alive = [i for i, row in enumerate(rows) if not row.done]
             if not alive:
                 return
-            if len(alive) < len(rows):
+            if len(alive) <= (1 - steps.spare) * len(rows):
                 rows = [rows[i] for i in alive]
                 kept = torch.tensor(alive, device=device)
-                ids, mask, tokens = ids[kept], mask[kept], tokens[kept]
-                if cache is not None:
-                    cache.batch_select_indices(kept)
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-            ids = torch.cat([ids, tokens[:, None]], 1)
-            logits, cache = self._forward(ids, mask, cache)
-
-    def _forward(self, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """fp32 logits of the next token `[N, V]` and the cache; without a cache everything is computed again."""
-        model = self.model
-        low = model.compute != torch.float32
-        with torch.autocast(ids.device.type, model.compute, enabled=low):
-            if not self.uses_cache:
-                return model.backbone(input_ids=ids, use_cache=False, **self._keep).logits[:, -1].float(), None
-            positions = (mask.cumsum(1) - 1).clamp_min(0)
-            if cache is not None:
-                ids, positions = ids[:, -1:], positions[:, -1:]
-            out = model.backbone(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                use_cache=True,
-                **{str(self._cache_name): cache},
-                **self._keep,
-            )
-        return out.logits[:, -1].float(), out[str(self._cache_name)]
+                tokens = tokens[kept]
+                steps.keep(kept)
+            logits = steps.step(tokens)
 
 
 def first_stop(text: str, strings: Sequence[str]) -> str:
@@ -278,38 +265,40 @@ def next_tokens(
 
     Raises ModelError where a row's logits, or what the temperature makes of them, are no numbers.
     """
-    own = logits if temperature == 1.0 else logits / temperature
-    total = _sound(own.logsumexp(1))
+    own = _probabilities(logits, temperature)
     if draw.temperature == 0.0:
         tokens = logits.argmax(1)
+    elif draw == Draw(temperature):
+        tokens = _drawn(own, generators)
     else:
         warm = logits if draw.temperature == 1.0 else logits / draw.temperature
-        tokens = _drawn(cut(warm, draw), generators)
-    return tokens, own.gather(1, tokens[:, None])[:, 0] - total
+        tokens = _drawn(_probabilities(cut(warm, draw), 1.0), generators)
+    return tokens, own.gather(1, tokens[:, None])[:, 0].log()
 
 
-def _sound(sums: Tensor) -> Tensor:
-    """`sums` over the vocabulary, which are finite where there is a distribution to draw from."""
-    bad = ~sums.isfinite()
+def _probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """softmax(logits / temperature) `[N, V]`, where there is a distribution to draw from."""
+    found = (logits if temperature == 1.0 else logits / temperature).softmax(1)
+    bad = ~found[:, 0].isfinite()  # one number that is none makes the whole row so
     if bool(bad.any()):
         raise ModelError(
-            f"no next token can be drawn: the logits of {int(bad.sum())} of {len(sums)} rows hold NaN or "
+            f"no next token can be drawn: the logits of {int(bad.sum())} of {len(logits)} rows hold NaN or "
             "infinity. The model's weights are damaged, or the temperature is too near 0: 0 itself is greedy"
         )
-    return sums
+    return found
 
 
-def _drawn(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """One token per row from softmax(logits), by one uniform number per row and the inverse of the distribution.
+def _drawn(weights: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """One token per row of probabilities `[N, V]`, by one uniform number per row and the inverse of the distribution.
 
-    The sums are taken in two stages, over parts of the vocabulary and inside the part that is hit, in float64: no
-    cumulative sum over the vocabulary and no noise of its size (docs/log.md).
+    The sums are taken in two stages, over parts of the vocabulary and inside the part that is hit, then in float64:
+    no cumulative sum over the vocabulary and no noise of its size (docs/log.md).
     """
-    weights = (logits - logits.amax(1, keepdim=True)).exp_()
-    parts = nn.functional.pad(weights, (0, -weights.shape[1] % PART)).view(len(weights), -1, PART)
-    edges = parts.sum(2, dtype=torch.float64).cumsum(1)
+    more = -weights.shape[1] % PART
+    parts = (nn.functional.pad(weights, (0, more)) if more else weights).view(len(weights), -1, PART)
+    edges = parts.sum(2).double().cumsum(1)
     uniform = torch.cat([torch.rand(1, generator=g, dtype=torch.float64, device=g.device) for g in generators])
-    aim = uniform * _sound(edges[:, -1])
+    aim = uniform * edges[:, -1]
     part = torch.searchsorted(edges, aim[:, None], right=True).clamp_max(edges.shape[1] - 1)
     before = torch.where(part > 0, edges.gather(1, (part - 1).clamp_min(0)), 0.0)
     inside = parts.gather(1, part[:, :, None].expand(-1, -1, PART))[:, 0].double().cumsum(1)
@@ -341,17 +330,15 @@ def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: Any) -> 
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def _grow(rows: Sequence[_Row], tokens: Tensor, logprobs: Tensor, stops: _Stops) -> list[int]:
-    """Append what was drawn; indices of the rows that go on."""
-    alive = []
-    for i, (row, token, logprob) in enumerate(zip(rows, tokens.tolist(), logprobs.tolist(), strict=True)):
+def _grow(rows: Sequence[_Row], tokens: Tensor, logprobs: Tensor, stops: _Stops) -> None:
+    """Append what was drawn to the rows that are not done."""
+    for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+        if row.done:
+            continue
         row.ids.append(token)
         row.logprobs.append(logprob)
         row.stop = "" if token in stops.ids else stops.found(row.ids)
         row.ended = token in stops.ids or bool(row.stop)
-        if not row.ended and len(row.ids) < row.limit:
-            alive.append(i)
-    return alive
 
 
 @contextmanager
