@@ -135,10 +135,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
         head, shift = _cast(ctx.compute, weight, bias)
         for part in _chunks(len(hidden), weight.shape[0]):
             logits, slope = _logits(hidden[part], head, shift, scale, softcap)
-            target = targets[part, None]
-            logprobs[part] = logits.gather(1, target)[:, 0] - logits.logsumexp(1)
+            target, every = targets[part, None], _log_softmax(logits)
+            logprobs[part] = every.gather(1, target)[:, 0]
             if gradient is not None:
-                gradient[part] = _to_hidden(_dlogits(logits, target, slope, scale), head).to(hidden.dtype)
+                gradient[part] = _to_hidden(_dlogits(every, target, slope, scale), head).to(hidden.dtype)
         ctx.ahead, ctx.scale, ctx.softcap = ahead, scale, softcap
         ctx.save_for_backward(*((gradient,) if ahead else (hidden, weight, bias, targets)))
         return logprobs
@@ -157,7 +157,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         head, shift = _cast(ctx.compute, weight, bias)
         for part in _chunks(len(hidden), weight.shape[0]):
             logits, slope = _logits(hidden[part], head, shift, ctx.scale, ctx.softcap)
-            dlogits = _dlogits(logits, targets[part, None], slope, ctx.scale).mul_(outer[part, None])
+            dlogits = _dlogits(_log_softmax(logits), targets[part, None], slope, ctx.scale).mul_(outer[part, None])
             if to_bias is not None:
                 to_bias += dlogits.sum(0)
             dlogits = dlogits.to(ctx.compute)
@@ -192,23 +192,29 @@ def _cast(dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tens
 def _logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """fp32 logits (in float64 for float64 inputs) and, under a soft cap, their slope to what was capped."""
-    logits = F.linear(hidden.to(weight.dtype), weight, bias).to(precise(hidden.dtype))
+    """Logits and, under a soft cap, their slope to what was capped; wider than the product's type where they are
+    worked on."""
+    logits = F.linear(hidden.to(weight.dtype), weight, bias)
     if scale != 1.0:
-        logits = logits * scale
+        logits = logits.to(precise(hidden.dtype)) * scale
     if softcap is None:
         return logits, None
-    tanh = torch.tanh(logits / softcap)
+    tanh = torch.tanh(logits.to(precise(hidden.dtype)) / softcap)
     return tanh * softcap, 1 - tanh * tanh
 
 
-def _dlogits(logits: Tensor, target: Tensor, slope: Tensor | None, scale: float) -> Tensor:
-    """(onehot - p) through soft cap and scale; `logits [N, V]`, `target [N, 1]` -> `[N, V]`."""
-    gradient = logits.softmax(1).neg_()
+def _log_softmax(logits: Tensor) -> Tensor:
+    """In fp32, or float64 for float64 logits; one pass that widens as it reads."""
+    return logits.log_softmax(1, dtype=precise(logits.dtype))
+
+
+def _dlogits(logprobs: Tensor, target: Tensor, slope: Tensor | None, scale: float) -> Tensor:
+    """(onehot - p) through soft cap and scale, in the place of `logprobs [N, V]`; `target [N, 1]`."""
+    gradient = logprobs.exp_().neg_()
     gradient.scatter_add_(1, target, torch.ones_like(target, dtype=gradient.dtype))
     if slope is not None:
         gradient *= slope
-    return gradient * scale if scale != 1.0 else gradient
+    return gradient.mul_(scale) if scale != 1.0 else gradient
 
 
 def _to_hidden(dlogits: Tensor, weight: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.ops import _cast, _chunks, _dlogits, _logits, _matmul_dtype, _to_hidden
+from tunesmith.ops import _cast, _chunks, _dlogits, _log_softmax, _logits, _matmul_dtype, _to_hidden
 from tunesmith.ops_norm import precise
 
 
@@ -31,20 +31,21 @@ class _PolicyLogprobs(torch.autograd.Function):
         scale, softcap, temperature = shape
         head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         ahead = hidden.requires_grad and not head_trains and not learn_entropy
-        logprobs = torch.empty(len(hidden), dtype=precise(hidden.dtype), device=hidden.device)
+        exact = precise(hidden.dtype)
+        logprobs = torch.empty(len(hidden), dtype=exact, device=hidden.device)
         entropies = torch.empty_like(logprobs)
         gradient = torch.empty_like(hidden) if ahead else None
         ctx.compute = _matmul_dtype(weight)
         head, shift = _cast(ctx.compute, weight, bias)
         for part in _chunks(len(hidden), weight.shape[0]):
             logits, slope = _logits(hidden[part], head, shift, scale, softcap)
-            logits = logits if temperature == 1.0 else logits / temperature
+            logits = logits if temperature == 1.0 else logits.to(exact) / temperature
             target = targets[part, None]
-            every = logits.log_softmax(1)
+            every = _log_softmax(logits)
             logprobs[part] = every.gather(1, target)[:, 0]
             entropies[part] = -(every.exp() * every).sum(1)
             if gradient is not None:
-                dlogits = _dlogits(logits, target, slope, scale / temperature)
+                dlogits = _dlogits(every, target, slope, scale / temperature)
                 gradient[part] = _to_hidden(dlogits, head).to(hidden.dtype)
         ctx.ahead, ctx.shape, ctx.learn_entropy = ahead, shape, learn_entropy
         ctx.save_for_backward(*((gradient,) if ahead else (hidden, weight, bias, targets)))
@@ -67,8 +68,9 @@ class _PolicyLogprobs(torch.autograd.Function):
         head, shift = _cast(ctx.compute, weight, bias)
         for part in _chunks(len(hidden), weight.shape[0]):
             logits, slope = _logits(hidden[part], head, shift, scale, softcap)
-            logits = logits if temperature == 1.0 else logits / temperature
-            dlogits = _dlogits(logits, targets[part, None], slope, scale / temperature).mul_(outer[part, None])
+            logits = logits if temperature == 1.0 else logits.to(exact) / temperature
+            every = _log_softmax(logits)
+            dlogits = _dlogits(every, targets[part, None], slope, scale / temperature).mul_(outer[part, None])
             if ctx.learn_entropy:
                 dlogits += _entropy_slope(logits, slope, scale / temperature) * to_entropy[part, None]
             if to_bias is not None:
@@ -87,7 +89,7 @@ class _PolicyLogprobs(torch.autograd.Function):
 
 def _entropy_slope(logits: Tensor, slope: Tensor | None, scale: float) -> Tensor:
     """d H / d (hidden · weightᵀ) `[N, V]`: -p (log p + H), through soft cap and scale."""
-    every = logits.log_softmax(1)
+    every = _log_softmax(logits)
     shares = every.exp()
     entropy = -(shares * every).sum(1, keepdim=True)
     gradient = -shares * (every + entropy)

@@ -65,7 +65,7 @@ def test_law(family, spec, tmp_path, folders):
     with adapters.disabled(model):
         base = logits(model)
     if spec.init == "default":
-        assert torch.equal(logits(model), base), "at its start an adapter is the quantised base"
+        torch.testing.assert_close(logits(model), base, rtol=0, atol=1e-6)  # a sum of the same terms, plus 0
     disturb(model)
     tuned = logits(model)
     torch.testing.assert_close(logits(exported(model, tmp_path / "merged")), tuned, rtol=1e-4, atol=2e-5)

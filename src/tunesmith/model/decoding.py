@@ -61,7 +61,10 @@ class _Norm:
     dtype: torch.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape[-1:], self.weight, self.eps).to(self.dtype)
+        wide = x.float()
+        mean = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        out = torch.empty(x.shape, dtype=self.dtype, device=x.device)
+        return torch.mul(wide * mean.add_(self.eps).rsqrt_(), self.weight, out=out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +251,11 @@ def _children(module: nn.Module) -> set[str]:
 def _read_layer(layer: Any, dtype: torch.dtype) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     extra = _children(attention) - _ATTENTION
-    if extra not in (set(), {"q_norm", "k_norm"}) or _children(mlp) - {"act_fn"} != {"gate_proj", "up_proj", "down_proj"}:
+    if extra not in (set(), {"q_norm", "k_norm"}) or _children(mlp) - {"act_fn"} != {
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }:
         raise UnreadableError(f"{type(attention).__name__} or {type(mlp).__name__} has parts not known here")
     norms = (_norm(attention.q_norm, dtype), _norm(attention.k_norm, dtype)) if extra else None
     return _Layer(

@@ -50,6 +50,7 @@ class LanguageModel(nn.Module):
         self.critic = critic
         self.offset = position_offset(backbone)
         self._head = language_head(backbone, causal=causal)
+        self._rounded: tuple[Tensor, int, Tensor] | None = None
         self.layout, self.why = choose_layout(backbone, None if self._head is None else self._packed_logits)
 
     @property
@@ -94,13 +95,22 @@ class LanguageModel(nn.Module):
             entropies = [entropy for _, entropy in parts if entropy is not None]
             logprobs = torch.cat([part for part, _ in parts] or [hidden.new_zeros(0)])
             return logprobs, None if self.policy is None else torch.cat(entropies or [logprobs])
-        shape = {"scale": head.scale, "softcap": head.softcap}
+        weight, shape = self._narrow(decoder.weight), {"scale": head.scale, "softcap": head.softcap}
         if self.policy is None:
-            return chunked_logprobs(hidden, decoder.weight, decoder.bias, targets, **shape), None
+            return chunked_logprobs(hidden, weight, decoder.bias, targets, **shape), None
         return chunked_policy(
-            hidden, decoder.weight, decoder.bias, targets, **shape,
+            hidden, weight, decoder.bias, targets, **shape,
             temperature=self.policy.temperature, learn_entropy=self.policy.learn_entropy,
         )  # fmt: skip
+
+    def _narrow(self, weight: Tensor) -> Tensor:
+        """A head in the type of its products. A frozen one, which embeddings may share, is rounded once and kept."""
+        if weight.requires_grad or weight.dtype == self.compute or not torch.is_autocast_enabled(weight.device.type):
+            return weight
+        kept = self._rounded
+        if kept is None or kept[0] is not weight or kept[1] != weight._version:
+            self._rounded = kept = (weight, weight._version, weight.detach().to(self.compute))
+        return kept[2]
 
     def _of_logits(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.policy is None:

@@ -21,6 +21,7 @@ from tunesmith.rollout.steps import FamilySteps, Steps, cache_name
 PART = 256
 """Vocabulary entries that are summed together when a token is drawn."""
 
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """One completion. `ids` holds the end token when `ended`; `logprobs` has one fp32 number (nats) per id.
