@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def _trials(file: Path, batch: Batch) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **changed})
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)} failed; are unshare and strace here?\n{done.stderr[-2000:]}")
-    file.write_text(done.stdout.splitlines()[-1])
+    file.write_text(json.dumps({"on": str(date.today()), **json.loads(done.stdout.splitlines()[-1])}))
 
 
 def _tests(file: Path) -> None:
@@ -97,7 +98,7 @@ def _write(folder: Path) -> None:
         "differ in one bit from the run that nothing happened to. Dropout is on, models are tiny, each stage runs from "
         "recipe to report; the loop alone stands for what is too slow to enumerate with a whole run. Seconds are those "
         "of a machine that others used too.",
-        table(("what", "trials", "bad", "seconds"), _rows(answers)),
+        table(("what", "trials", "bad", "seconds", "on"), _rows(answers)),
         _lost(answers), _planted(answers),
         "## In the suite\n\n1,000 corruptions of a checkpoint, NaN and infinity in 42 combinations of place, value and "
         f"moment, folders that cannot be used ({', '.join(TESTS)}): {_last(folder)}.",
@@ -116,7 +117,8 @@ def _rows(answers: dict[str, Any]) -> list[Sequence[Any]]:
         if batch.count and batch.name in answers:
             answer = answers[batch.name]
             small = f" ({answer['stopped']} of them too small)" if "stopped" in answer else ""
-            rows.append((batch.what + small, answer[batch.count], len(answer["bad"]), f"{answer['seconds']:.0f}"))
+            bad, seconds = len(answer["bad"]), f"{answer['seconds']:.0f}"
+            rows.append((batch.what + small, answer[batch.count], bad, seconds, answer["on"]))
     return rows
 
 
@@ -130,7 +132,9 @@ def _lost(answers: dict[str, Any]) -> str:
 def _planted(answers: dict[str, Any]) -> str:
     if not {"planted", "order-planted"} <= answers.keys():
         return ""
-    rows = [(name.replace("_", " "), count) for name, count in answers["planted"].items() if name != "seconds"]
+    rows = [
+        (name.replace("_", " "), count) for name, count in answers["planted"].items() if name not in ("seconds", "on")
+    ]
     rows.append(("no folder fsync", len(answers["order-planted"]["bad"])))
     note = "Each is put into the program on purpose; 0 would mean that these trials cannot see it."
     return f"## Planted bugs\n\n{note}\n\n{table(('bug', 'times caught'), rows)}"

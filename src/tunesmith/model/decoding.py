@@ -30,6 +30,7 @@ PROBE = ((5, 9, 3, 7, 4, 6), (8, 3, 6))
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _CORE = {"embed_tokens", "layers", "norm", "rotary_emb"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_MLP = {"gate_proj", "up_proj", "down_proj"}
 
 
 class UnreadableError(Exception):
@@ -185,7 +186,8 @@ class Decoder:
             parts = both.split([self._query_heads, self._key_heads], 1)
             both = torch.cat([norm(part) for norm, part in zip(layer.head_norms, parts, strict=True)], 1)
         both = torch.addcmul(both * cos, both.roll(self._size // 2, -1), sin)
-        return *both.split([self._query_heads, self._key_heads], 1), values
+        queries, keys = both.split([self._query_heads, self._key_heads], 1)
+        return queries, keys, values
 
     def _attended(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scaling: float) -> Tensor:
         """`q [N, T, H, d]` over cached keys and values -> `[N · T, H · d]`. Heads that share a key stand below each

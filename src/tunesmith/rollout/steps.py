@@ -41,7 +41,7 @@ def cache_name(backbone: Any) -> str | None:
 
 
 class FamilySteps:
-    """The family's own forward of a causal `LanguageModel`; without a cache every step computes the whole text again."""
+    """The family's own forward of a causal `LanguageModel`; without a cache a step computes the whole text again."""
 
     spare = 0.0
 
