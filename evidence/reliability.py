@@ -19,6 +19,7 @@ from typing import Any
 from common import ROOT, place, table, write
 
 STAGES = ("pretrain", "mlm", "sft", "classify")
+ONLINE = ("ppo", "grpo")
 TRIALS = ROOT / "tests" / "reliability" / "trials.py"
 MOUNTED = ("unshare", "-rm")
 TESTS = ("tests/unit/test_checkpoint.py", "tests/reliability/test_nonfinite.py", "tests/reliability/test_folders.py")
@@ -41,17 +42,19 @@ BATCHES = (
         Batch(f"kills-{s}", f"R1, killed at random moments, {s}", ("kills", n), "trials", s)
         for s, n in zip(STAGES, (13, 13, 12, 12), strict=True)
     ),
+    *(Batch(f"kills-{s}", f"R1, killed at random moments, {s}", ("kills", 12), "trials", s) for s in ONLINE),
     Batch("kills-loop", "R1, the loop alone", ("kills", 50), "trials"),
     Batch("calls", "R2, killed at every call that changes the disk, in process", ("calls", 1), "points"),
     Batch("order-planted", "R3, planted: no flush of the folder", ("order", 5, "no_folder_fsync"), ""),
     Batch("order", "R4, order of flushes over 20 saves", ("order", 20), "published"),
     Batch("disk-loop", "R5, disks of 50 sizes, the loop", ("disk", 50), "sizes", within=MOUNTED),
     Batch("signals", "R8, SIGINT, SIGTERM, SIGHUP, SIGUSR1", ("signals", 50), "trials"),
+    Batch("signals-sft", "R8, the same, whole sft runs", ("signals", 20), "trials", "sft"),
     *(Batch(f"moments-{s}", f"R10, named moments, {s}", ("moments",), "trials", s) for s in STAGES),
     Batch("starts", "R9, two starts on one folder", ("starts", 50), "pairs", "pretrain"),
     Batch("planted", "R3, planted bugs", ("planted", 5), ""),
     Batch("strace-loop", "R2, every system call that changes the run, the loop", ("strace", 1), "killed"),
-    Batch("exports", "R2, exports (adapter and merged), every third call", ("exports", 3), "killed", "sft"),
+    Batch("exports", "R2, exports (adapter and merged), every call", ("exports", 1), "killed", "sft"),
     Batch("disk-sft", "R5, disks of 50 sizes, sft", ("disk", 50, 40, 12), "sizes", "sft", MOUNTED),
     Batch("strace-classify", "R2, a whole classify run, every fifth call", ("strace", 5), "killed", "classify"),
 )
