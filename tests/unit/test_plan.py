@@ -99,6 +99,11 @@ def test_reading_the_weights_can_be_the_peak():
     assert MemoryPlan(10, 0, 0, 0, 0, 0, 0, 0, 5, 30).peak == 35
 
 
+def test_what_steps_make_a_process_hold_is_not_there_while_weights_are_read():
+    assert some_plan(first_use=50).peak == some_plan().peak + 50
+    assert some_plan(first_use=50, file_bytes=10**6).peak == some_plan(file_bytes=10**6).peak
+
+
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))

@@ -15,7 +15,8 @@ OPTIMIZER_NUMBERS = {"adamw": 2, "sgd": 0}
 class MemoryPlan:
     """Bytes of each line. `step` is the most that a step holds at one time: of the activations, of the gradients as
     they come, logits, and what is on its way. `allocator` is held beside it because of holes between tensors, and
-    `runtime` is what the process holds without a model: interpreter, torch, libraries."""
+    `runtime` is what the process holds without a model: interpreter, torch, libraries. `first_use` joins it once a step
+    runs: libraries as far as they are touched, products that are compiled."""
 
     weights: int
     gradients: int
@@ -27,6 +28,7 @@ class MemoryPlan:
     rollouts: int
     runtime: int
     loading: int
+    first_use: int = 0
 
     @property
     def states(self) -> int:
@@ -36,7 +38,7 @@ class MemoryPlan:
     @property
     def peak(self) -> int:
         """The most at one time: while training, or while the weights are read."""
-        training = self.weights + self.optimizer + max(self.step, self.rollouts) + self.allocator
+        training = self.weights + self.optimizer + max(self.step, self.rollouts) + self.allocator + self.first_use
         return self.runtime + max(training, self.loading)
 
     def as_json(self) -> dict[str, Any]:
@@ -45,7 +47,14 @@ class MemoryPlan:
 
 
 def plan_memory(
-    shape: StepShape, *, file_bytes: int, runtime: int, optimizer: str, on_cpu: bool = True, rollouts: int = 0
+    shape: StepShape,
+    *,
+    file_bytes: int,
+    runtime: int,
+    optimizer: str,
+    on_cpu: bool = True,
+    rollouts: int = 0,
+    first_use: int = 0,
 ) -> MemoryPlan:
     """The plan of one micro-batch. While a base is read, it is there as it is stored beside what is made of it.
 
@@ -62,6 +71,7 @@ def plan_memory(
         rollouts=rollouts,
         runtime=runtime,
         loading=shape.weight_bytes + file_bytes,
+        first_use=first_use,
     )
 
 

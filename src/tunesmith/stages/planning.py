@@ -24,9 +24,11 @@ OTHERS = (
     ("4bit rank=16", TrainableSpec("lora", rank=16, alpha=32.0, quantize="4bit")),
 )
 
-FIRST_USE = 140 << 20
-"""Bytes that a training process comes to hold beside what a planning one does: a family's code, torch's libraries as
-far as they are used, matrix products that are compiled. Measured, 123 to 157 MB (docs/log.md)."""
+FAMILY_CODE = 40 << 20
+"""Bytes that a process holds, beside a planning one, once it reads a base: the family's code and what that imports."""
+FIRST_USE = 100 << 20
+"""Bytes that it comes to hold once it trains: torch's libraries as far as they are used, matrix products that are
+compiled. Both measured (docs/log.md)."""
 
 
 def plan(resolved: Resolved, *, on: str | None, price: float | None, say: Say) -> dict[str, Any]:
@@ -48,14 +50,15 @@ def plan(resolved: Resolved, *, on: str | None, price: float | None, say: Say) -
     )
     load = load_of(recipe, tokenizer, inputs, device)
     on_cpu = target is None and device == "cpu"
-    runtime = peak_memory_bytes() + FIRST_USE if on_cpu else 0
+    runtime, first_use = (peak_memory_bytes() + FAMILY_CODE, FIRST_USE) if on_cpu else (0, 0)
     classes = 1 if recipe.stage == "reward" else max(2, len(inputs.label_names))
 
     def of(spec: TrainableSpec) -> tuple[StepShape, MemoryPlan]:
         shape = _shape(recipe, base, spec, load, bf16=bf16, classes=classes)
         return shape, plan_memory(
-            shape, file_bytes=record["bytes"], runtime=runtime, optimizer=recipe.train.optimizer, on_cpu=on_cpu
-        )
+            shape, file_bytes=record["bytes"], runtime=runtime, optimizer=recipe.train.optimizer, on_cpu=on_cpu,
+            first_use=first_use,
+        )  # fmt: skip
 
     shape, memory = of(trainable_spec(recipe, resolved.folder))
     flops = _total_flops(shape, load)
@@ -78,7 +81,7 @@ def plan(resolved: Resolved, *, on: str | None, price: float | None, say: Say) -
         "seconds": flops / rate,
         "price": None if price is None else round(flops / rate / 3600 * price, 4),
         "methods": _methods(recipe, of, room),
-        "devices": _devices(memory, flops, runtime),
+        "devices": _devices(memory, flops, runtime + first_use),
     }
 
 
