@@ -82,6 +82,7 @@ def _config(family: str, width: int, layers: int, **extra: Any) -> Any:
         "qwen3": grouped,
         "gemma3_text": grouped | {"sliding_window": 8, "query_pre_attn_scalar": width // 4},
         "mistral": {"num_key_value_heads": 2, "sliding_window": 8},
+        "ministral3": grouped,
         "phi3": {"num_key_value_heads": 2},
         "gpt2": {"n_inner": 2 * width},
         "roberta": {"max_position_embeddings": 258},

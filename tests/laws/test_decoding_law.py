@@ -11,7 +11,8 @@ from tests.tiny import tiny_causal, tiny_tokenizer
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from tunesmith.model import decoding
+from tunesmith.errors import ModelError
+from tunesmith.model import decoding, lora
 from tunesmith.model.decoding import Decoder, why_not
 from tunesmith.model.heads import LanguageHead, language_head
 from tunesmith.model.language import LanguageModel
@@ -19,7 +20,6 @@ from tunesmith.model.lean import make_lean
 from tunesmith.model.lora import LoraSpec, inject, lora_layers, switched_off
 from tunesmith.rollout.sampler import Sampler
 
-GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 READ: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "tied": ("llama", {"tie_word_embeddings": True}),
@@ -114,6 +114,33 @@ def test_law_of_a_backbone_made_lean_in_bfloat16():
         assert float((ours - theirs).abs().max() / theirs.abs().max()) < 3e-2
 
 
+def test_law_with_adapters_that_start_at_singular_vectors_and_some_switched_off_or_merged():
+    backbone = backbone_of("llama")
+    adapted(backbone, ("q_proj", "k_proj", "gate_proj", "lm_head"), init="pissa")
+    assert_same(backbone)
+    layers = lora_layers(backbone)
+    for name, layer in layers.items():
+        layer.enabled = "k_proj" not in name
+    assert_same(backbone)
+    lora.merge(backbone)
+    assert_same(backbone)
+
+
+@pytest.mark.parametrize("lengths", [(5, 5, 5), (1, 1), (1, 6)])
+def test_prompts_of_one_length_of_one_token_and_padded_ones(lengths: tuple[int, ...]):
+    backbone = backbone_of("qwen3")
+    rows = [list(range(7 + i, 7 + i + n)) for i, n in enumerate(lengths)]
+    width = max(lengths)
+    with torch.no_grad():
+        decoder = Decoder(backbone, head_of(backbone), torch.float32)
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+        real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        first, second = decoder.begin(ids, real, 1, 1), decoder.step(torch.tensor([30] * len(rows)))
+        for i, row in enumerate(rows):
+            logits = backbone(input_ids=torch.tensor([[*row, 30]]), use_cache=False).logits[0]
+            torch.testing.assert_close(torch.stack([first[i], second[i]]), logits[-2:], atol=2e-5, rtol=1e-4)
+
+
 def with_dora(backbone: Any) -> None:
     adapted(backbone, ("q_proj",), dora=True)
 
@@ -126,6 +153,17 @@ def with_another_linear(backbone: Any) -> None:
     layer = backbone.model.layers[0].self_attn
     double = Doubled(layer.q_proj.in_features, layer.q_proj.out_features, bias=False)
     layer.q_proj = double
+
+
+def with_a_parameter_of_its_own(backbone: Any) -> None:
+    backbone.model.layers[0].self_attn.sinks = nn.Parameter(torch.zeros(4))
+
+
+def with_other_key_heads(backbone: Any) -> None:
+    attention = backbone.model.layers[1].self_attn
+    for name in ("k_proj", "v_proj"):
+        setattr(attention, name, nn.Linear(32, 32, bias=False))
+    attention.num_key_value_groups = 1
 
 
 def with_a_louder_branch(backbone: Any) -> None:
@@ -148,6 +186,10 @@ def with_a_louder_branch(backbone: Any) -> None:
         ("llama", with_dora, "DoRA"),
         ("llama", with_another_linear, "has a Doubled"),
         ("llama", with_a_louder_branch, "logits differ"),
+        ("llama", with_a_parameter_of_its_own, "parameters outside"),
+        ("llama", with_other_key_heads, "differ in their attention"),
+        ("ministral3", None, "rotary parameters hold"),
+        ("ernie4_5", None, "logits differ"),
     ],
 )
 def test_what_is_built_otherwise_is_not_read_and_runs_as_it_is(
@@ -168,9 +210,52 @@ def test_what_is_built_otherwise_is_not_read_and_runs_as_it_is(
             ids.append(token)
 
 
-def test_control_a_step_at_the_wrong_position_is_found():
+@pytest.mark.parametrize("family", ["ernie4_5", "smollm3", "helium"])
+def test_kindred_families_are_told_apart_also_where_products_run_in_bfloat16(family: str):
+    """Another rotation, or none in every fourth layer: with small weights too little to be seen in bfloat16."""
+    backbone, llama = quiet(tiny_causal(family, layers=8)), quiet(tiny_causal("llama", layers=8))
+    assert why_not(backbone, head_of(backbone), torch.bfloat16) != ""
+    assert why_not(llama, head_of(llama), torch.bfloat16) == ""  # control
+
+
+def quiet(backbone: Any) -> Any:
+    for parameter in backbone.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(0.5)
+    return backbone
+
+
+def test_a_backbone_held_in_bfloat16_is_read_when_that_is_its_type():
+    backbone = tiny_causal("llama").bfloat16()
+    assert why_not(backbone, head_of(backbone), torch.bfloat16) == ""
+    assert "held in torch.bfloat16" in why_not(backbone, head_of(backbone), torch.float32)
+
+
+def test_a_backbone_that_can_be_read_no_more_runs_as_it_is():
+    backbone = tiny_causal("llama")
+    with_dora(backbone)
+    sampler = Sampler(LanguageModel(backbone), tiny_tokenizer())
+    with switched_off(backbone):
+        sampler.sample(PROMPTS, max_tokens=2)
+    assert sampler.why_slow == ""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(sampler.sample(PROMPTS, max_tokens=2)) == 3
+    backbone.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(ModelError, match="weights are damaged"):
+        sampler.sample(PROMPTS, max_tokens=2)
+
+
+def test_control_a_step_at_the_wrong_position_is_found(monkeypatch: pytest.MonkeyPatch):
     backbone = backbone_of("llama")
-    right = decoded(backbone)
-    rotary = backbone.model.rotary_emb.forward
-    backbone.model.rotary_emb.forward = lambda x, positions: rotary(x, 2 * positions)
-    assert (decoded(backbone)[2] - right[2]).abs().max() > 1e-2
+
+    def late(self: Decoder, tokens: Tensor) -> Tensor:
+        self._places = self._places + 1
+        return step(self, tokens)
+
+    step = Decoder.step
+    monkeypatch.setattr(Decoder, "step", late)
+    monkeypatch.setattr(Decoder, "_turns", lambda self, longest: turns(self, longest + 8))
+    assert "logits differ" in why_not(backbone, head_of(backbone), torch.float32)
+
+
+turns = Decoder._turns

@@ -239,3 +239,30 @@ def test_without_weights_structure_decides() -> None:
     lean.make_lean(full, torch.bfloat16)
     kinds = {type(module).__name__ for module in full.modules()}
     assert {"LeanRMSNorm", "LeanGatedMLP"} <= kinds and "LlamaRMSNorm" not in kinds
+
+
+def test_a_frozen_head_is_rounded_once_and_anew_when_it_is_exchanged() -> None:
+    backbone = tiny_causal("llama")
+    make_trainable(backbone, TrainableSpec("lora", rank=4, alpha=8.0, train_also=["lm_head"]))
+    nn.init.normal_(backbone.lm_head.weight.data, std=0.3)
+    backbone.requires_grad_(False)
+    model = LanguageModel(backbone, compute=torch.bfloat16).eval()
+
+    def answer(of: LanguageModel) -> torch.Tensor:
+        with torch.no_grad():
+            logprobs = of(batch_of()).logprobs
+        assert logprobs is not None
+        return logprobs
+
+    tuned = answer(model)
+    assert model._rounded is not None
+    kept = model._rounded[2]
+    assert torch.equal(answer(model), tuned) and model._rounded[2] is kept
+    with disabled(backbone):
+        base = answer(model)
+        assert torch.equal(base, answer(LanguageModel(backbone, compute=torch.bfloat16).eval()))
+    assert (base - tuned).abs().max() > 1e-2  # control: the head does matter
+    assert torch.equal(answer(model), tuned)
+    with torch.no_grad():
+        backbone.lm_head.weight.mul_(0.5)
+    assert not torch.equal(answer(model), tuned)

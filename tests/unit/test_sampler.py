@@ -8,7 +8,8 @@ from tests.tiny import tiny_causal, tiny_tokenizer
 
 from tunesmith.errors import ModelError
 from tunesmith.model.language import LanguageModel, Policy
-from tunesmith.rollout.sampler import Draw, Rollout, Sampler, _Stops, cut, first_stop, stream_seed
+from tunesmith.rollout.sampler import Draw, Rollout, Sampler, _Stops, cut, first_stop, next_tokens, stream_seed
+from tunesmith.rollout.steps import FamilySteps
 
 LOGITS = torch.tensor([[0.2, 0.5, 0.3]]).log()
 
@@ -160,3 +161,19 @@ def test_a_completion_ends_where_the_chat_template_ends_an_answer():
     model = LanguageModel(tiny_causal("llama"))
     assert Sampler(model, tokenizer).end_ids() == (2, 6)
     assert Sampler(model, tiny_tokenizer(chat=False)).end_ids() == (2,)
+
+
+def test_a_token_too_unlikely_for_its_own_probability_keeps_its_logprob():
+    logits = torch.zeros(200, 4)
+    logits[:, 1:] = -120.0
+    streams = [torch.Generator().manual_seed(i) for i in range(200)]
+    tokens, logprobs = next_tokens(logits, Draw(temperature=30.0), streams)
+    assert (tokens > 0).any() and logprobs.isfinite().all()
+    torch.testing.assert_close(logprobs[tokens > 0], torch.full_like(logprobs[tokens > 0], -120.0))
+
+
+def test_the_cache_is_thinned_only_when_rows_have_ended(monkeypatch: pytest.MonkeyPatch):
+    model, kept = LanguageModel(tiny_causal("gemma3")), []
+    monkeypatch.setattr(FamilySteps, "keep", lambda self, rows: kept.append(len(rows)))
+    Sampler(model, tiny_tokenizer()).sample([[7, 8], [9, 10]], temperature=0, max_tokens=4, stop_ids=())
+    assert kept == []

@@ -25,12 +25,19 @@ JOINED = 1 << 22
 """Elements up to which the matrices of several linears with one input are copied into one; larger ones are not held
 twice."""
 AGREE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-"""Largest difference of a probe's logits from the family's own, as a share of the largest logit."""
+"""Largest difference of a probe's logits from the family's own, as a share of the largest logit. Only a backbone whose
+weights are all held in 16 bits is probed in them: they tell kindred families apart less surely."""
 PROBE = ((5, 9, 3, 7, 4, 6), (8, 3, 6))
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _CORE = {"embed_tokens", "layers", "norm", "rotary_emb"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _MLP = {"gate_proj", "up_proj", "down_proj"}
+_ROTARY = {
+    "rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
+    "mscale", "mscale_all_dim", "attention_factor", "truncate", "original_max_position_embeddings",
+    "partial_rotary_factor",
+}  # fmt: skip
+"""What rotary parameters may hold: all of it ends up in the tables of `rotary_emb`."""
 
 
 class UnreadableError(Exception):
@@ -48,9 +55,9 @@ class _Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         if len(self.weights) == 1:
-            out = F.linear(x, self.weights[0], self.bias)
+            out = F.linear(x, self.weights[0].to(x.dtype), self.bias)
         else:
-            out = torch.cat([F.linear(x, weight) for weight in self.weights], 1)
+            out = torch.cat([F.linear(x, weight.to(x.dtype)) for weight in self.weights], 1)
             out = out if self.bias is None else out.add_(self.bias)
         return out if self.down is None or self.up is None else out.addmm_(x @ self.down, self.up)
 
@@ -94,17 +101,17 @@ class Decoder:
 
     spare = 0.125
 
-    def __init__(self, backbone: Any, head: LanguageHead, dtype: torch.dtype) -> None:
-        """Raises UnreadableError."""
-        core = _core(backbone, head)
-        self._config, self._rotary, self._embed = backbone.config.get_text_config(), core.rotary_emb, core.embed_tokens
-        self._layers = [_read_layer(layer, dtype) for layer in core.layers]
-        self._norm, self._head = _norm(core.norm, dtype), _product([head.decoder], dtype)
+    def __init__(self, backbone: Any, head: LanguageHead, dtype: torch.dtype, *, copies: bool = True) -> None:
+        """Without `copies` weights stay as they are held, and are widened or rounded one by one at every product.
+
+        Raises UnreadableError.
+        """
+        core, read = _core(backbone, head), partial(_product, dtype=dtype, copies=copies)
+        self._rotary, self._embed = core.rotary_emb, core.embed_tokens
+        self._layers = [_read_layer(layer, dtype, read) for layer in core.layers]
+        self._norm, self._head = _norm(core.norm, dtype), read([head.decoder])
         self._scale, self._softcap = head.scale, head.softcap
-        attention = core.layers[0].self_attn
-        self._size = int(attention.head_dim)
-        self._key_heads = attention.k_proj.out_features // self._size
-        self._query_heads = attention.q_proj.out_features // self._size
+        self._size, self._query_heads, self._key_heads = _heads(core.layers)
         self._dtype = dtype
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
@@ -114,18 +121,18 @@ class Decoder:
         """Run left-padded prompts `ids, real [N, T]` -> logits `[N * num, V]`, `num` neighbouring rows of each prompt;
         `room` more tokens will fit."""
         rows, width = ids.shape
+        self._keys, self._values = [], []  # those of rows before leave first
         heads, longest = rows * num * self._key_heads, width + room
         empty = partial(torch.empty, dtype=self._dtype, device=ids.device)
         self._keys = [empty(heads, self._size, longest) for _ in self._layers]
         self._values = [empty(heads, longest, self._size) for _ in self._layers]
         self._places = (real.cumsum(1) - 1).clamp_min(0)
         self._rotation = self._turns(longest)
-        lowest = torch.finfo(torch.float32).min
+        lowest = torch.finfo(self._dtype).min
         self._hidden = torch.zeros(rows, 1, 1, longest, device=ids.device)
         self._hidden[..., :width].masked_fill_(~real[:, None, None].bool(), lowest)
-        ahead = torch.full((width, width), lowest, device=ids.device).triu_(1)
         self._used = 0
-        hidden = self._forward(ids, self._places, torch.minimum(self._hidden[..., :width], ahead), num)
+        hidden = self._forward(ids, self._places, self._prompt_mask(width), num)
         self._hidden = self._hidden.repeat_interleave(num, 0)
         self._places = self._places[:, -1:].repeat_interleave(num, 0)
         return self._logits(hidden.view(rows, width, -1)[:, -1]).repeat_interleave(num, 0)
@@ -139,9 +146,18 @@ class Decoder:
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
         heads = (rows[:, None] * self._key_heads + torch.arange(self._key_heads, device=rows.device)).flatten()
-        self._keys = [keys[heads] for keys in self._keys]
-        self._values = [values[heads] for values in self._values]
+        for cache in (self._keys, self._values):
+            for number, kept in enumerate(cache):
+                cache[number] = kept[heads]
         self._hidden, self._places = self._hidden[rows], self._places[rows]
+
+    def _prompt_mask(self, width: int) -> Tensor | None:
+        """What is added to the scores of left-padded prompts, `[N, 1, T, T]`; None where they are all of one length."""
+        padding = self._hidden[..., :width]
+        if not bool(padding.any()):
+            return None
+        ahead = torch.full((width, width), torch.finfo(self._dtype).min, device=padding.device).triu_(1)
+        return torch.minimum(padding, ahead).to(self._dtype)
 
     def _turns(self, longest: int) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines of every position, `[longest, d]`: x turned is x cos + roll(x, d / 2) sin."""
@@ -152,7 +168,7 @@ class Decoder:
         half = self._size // 2
         return cos.to(self._dtype), torch.cat([-sin[:, :half], sin[:, half:]], 1).to(self._dtype)
 
-    def _forward(self, ids: Tensor, places: Tensor, hidden: Tensor, num: int) -> Tensor:
+    def _forward(self, ids: Tensor, places: Tensor, hidden: Tensor | None, num: int) -> Tensor:
         """Last hidden states `[N * T, D]` of `ids [N, T]`, whose keys and values go into the cache."""
         rows, width = ids.shape
         x = self._embed(ids.reshape(-1)).float()
@@ -189,15 +205,23 @@ class Decoder:
         queries, keys = both.split([self._query_heads, self._key_heads], 1)
         return queries, keys, values
 
-    def _attended(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scaling: float) -> Tensor:
-        """`q [N, T, H, d]` over cached keys and values -> `[N · T, H · d]`. Heads that share a key stand below each
-        other as if they were queries of one head; weights are fp32."""
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scaling: float) -> Tensor:
+        """`q [N, T, H, d]` over cached keys and values -> `[N · T, H · d]`.
+
+        For one query a row, heads that share a key stand below each other as if they were queries of one head, and
+        weights are fp32; a prompt's are never all there at one time.
+        """
         rows, width, heads, size = q.shape
-        shared = q.transpose(1, 2).reshape(len(k), -1, size)
-        scores = torch.bmm(shared, k).view(rows, heads, width, -1)
-        weights = scores.float().mul_(scaling).add_(hidden).softmax(-1).to(self._dtype)
-        out = torch.bmm(weights.view(len(k), -1, k.shape[2]), v)
-        return out.view(rows, heads, width, size).transpose(1, 2).reshape(rows * width, -1)
+        if width > 1:
+            keys = k.view(rows, -1, size, width).transpose(2, 3).contiguous()
+            out = F.scaled_dot_product_attention(
+                q.transpose(1, 2), keys, v.reshape(keys.shape), attn_mask=hidden, is_causal=hidden is None,
+                scale=scaling, enable_gqa=heads != keys.shape[1],
+            )  # fmt: skip
+            return out.transpose(1, 2).reshape(rows * width, -1)
+        scores = torch.bmm(q.reshape(len(k), -1, size), k).view(rows, heads, 1, -1).float().mul_(scaling)
+        weights = (scores if hidden is None else scores.add_(hidden)).softmax(-1).to(self._dtype)
+        return torch.bmm(weights.view(len(k), -1, k.shape[2]), v).view(rows, -1)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = self._head(self._norm(hidden)).float()
@@ -210,25 +234,30 @@ def why_not(backbone: Any, head: LanguageHead | None, dtype: torch.dtype) -> str
     """Empty when a Decoder reads this backbone and gives its logits; else what is different."""
     if head is None:
         return "its output head has a structure not known here"
+    held = backbone.get_input_embeddings().weight.dtype
+    if held not in (torch.float32, dtype):
+        return f"it is held in {held} and computed in {dtype}"
+    vocabulary = int(backbone.config.get_text_config().vocab_size)
+    probe = [[i % vocabulary for i in row] for row in PROBE]
     try:
-        decoder = Decoder(backbone, head, dtype)
-        found = _probed(decoder, backbone.device)
-    except UnreadableError as problem:
-        return str(problem)
-    with torch.autocast(backbone.device.type, dtype, enabled=dtype != torch.float32):
-        rows = [torch.tensor([row], device=backbone.device) for row in PROBE]
+        found = _probed(Decoder(backbone, head, held, copies=False), probe, backbone.device)
+        rows = [torch.tensor([row], device=backbone.device) for row in probe]
         expected = torch.cat([backbone(input_ids=row, use_cache=False).logits[:, -1] for row in rows]).float()
+    except torch.OutOfMemoryError:
+        raise
+    except (UnreadableError, AttributeError, TypeError, IndexError, RuntimeError) as problem:
+        return str(problem).splitlines()[0]
     error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
-    return "" if error <= AGREE[dtype] else f"its logits differ from the family's own by {error:.1e}"
+    return "" if error <= AGREE[held] else f"its logits differ from the family's own by {error:.1e}"
 
 
-def _probed(decoder: Decoder, device: Any) -> Tensor:
-    """Logits behind the last token of each probe row; all but that token are the prompt."""
-    width = max(map(len, PROBE)) - 1
-    prompts = [[0] * (width - len(row) + 1) + list(row[:-1]) for row in PROBE]
-    real = [[0] * (width - len(row) + 1) + [1] * (len(row) - 1) for row in PROBE]
+def _probed(decoder: Decoder, probe: Sequence[Sequence[int]], device: Any) -> Tensor:
+    """Logits behind the last token of each row; all but that token are the prompt."""
+    width = max(map(len, probe)) - 1
+    prompts = [[0] * (width - len(row) + 1) + list(row[:-1]) for row in probe]
+    real = [[0] * (width - len(row) + 1) + [1] * (len(row) - 1) for row in probe]
     decoder.begin(torch.tensor(prompts, device=device), torch.tensor(real, device=device), 1, 1)
-    return decoder.step(torch.tensor([row[-1] for row in PROBE], device=device))
+    return decoder.step(torch.tensor([row[-1] for row in probe], device=device))
 
 
 def _core(backbone: Any, head: LanguageHead) -> Any:
@@ -241,34 +270,45 @@ def _core(backbone: Any, head: LanguageHead) -> Any:
         raise UnreadableError("its rotary scaling changes with the length")
     if attention_windows(config):
         raise UnreadableError("its attention sees a window")
-    if type(core.embed_tokens) is not nn.Embedding or not isinstance(head.decoder, nn.Module):
+    if unknown := set(getattr(config, "rope_parameters", None) or {}) - _ROTARY:
+        raise UnreadableError(f"its rotary parameters hold {', '.join(sorted(unknown))}")
+    if type(core.embed_tokens) is not nn.Embedding:
         raise UnreadableError("its embeddings are of a kind not known here")
+    inner = [part for layer in core.layers for part in (layer, layer.self_attn, layer.mlp)]
+    if any(next(part.parameters(recurse=False), None) is not None for part in (core, *inner)):
+        raise UnreadableError("it has parameters outside linears, norms and embeddings")
     return core
+
+
+def _heads(layers: Any) -> tuple[int, int, int]:
+    """(size of a head, query heads, key heads), the same in every layer."""
+    parts = [layer.self_attn for layer in layers]
+    shapes = {(int(part.head_dim), part.q_proj.out_features, part.k_proj.out_features) for part in parts}
+    if len(shapes) > 1 or not all(getattr(part, "use_rope", True) for part in parts):
+        raise UnreadableError("its layers differ in their attention")
+    size, queries, keys = shapes.pop()
+    return size, queries // size, keys // size
 
 
 def _children(module: nn.Module) -> set[str]:
     return {name for name, _ in module.named_children()}
 
 
-def _read_layer(layer: Any, dtype: torch.dtype) -> _Layer:
+def _read_layer(layer: Any, dtype: torch.dtype, read: Callable[[Sequence[nn.Module]], _Product]) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     extra = _children(attention) - _ATTENTION
-    if extra not in (set(), {"q_norm", "k_norm"}) or _children(mlp) - {"act_fn"} != {
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    }:
+    if extra not in (set(), {"q_norm", "k_norm"}) or _children(mlp) - {"act_fn"} != _MLP:
         raise UnreadableError(f"{type(attention).__name__} or {type(mlp).__name__} has parts not known here")
     norms = (_norm(attention.q_norm, dtype), _norm(attention.k_norm, dtype)) if extra else None
     return _Layer(
         before=_norm(layer.input_layernorm, dtype),
-        query_key_value=_product([attention.q_proj, attention.k_proj, attention.v_proj], dtype),
+        query_key_value=read([attention.q_proj, attention.k_proj, attention.v_proj]),
         head_norms=norms,
-        out=_product([attention.o_proj], dtype),
+        out=read([attention.o_proj]),
         after=_norm(layer.post_attention_layernorm, dtype),
-        gate_up=_product([mlp.gate_proj, mlp.up_proj], dtype),
+        gate_up=read([mlp.gate_proj, mlp.up_proj]),
         activation=getattr(mlp, "act_fn", F.silu),
-        down=_product([mlp.down_proj], dtype),
+        down=read([mlp.down_proj]),
         scaling=float(attention.scaling),
     )
 
@@ -280,20 +320,21 @@ def _norm(module: nn.Module, dtype: torch.dtype) -> _Norm:
     return _Norm((lean.weight + lean.offset).float(), lean.eps, dtype)
 
 
-def _product(modules: Sequence[nn.Module], dtype: torch.dtype) -> _Product:
+def _product(modules: Sequence[nn.Module], *, dtype: torch.dtype, copies: bool) -> _Product:
     bases = [module.base if isinstance(module, LoraLinear) else module for module in modules]
     odd = next((base for base in bases if type(base) not in (nn.Linear, FrozenLinear)), None)
     if odd is not None:
         raise UnreadableError(f"it has a {type(odd).__name__} where a linear is expected")
     biases = [cast("Tensor | None", base.bias) for base in bases]
     down, up = _update([m for m in modules if isinstance(m, LoraLinear)], modules, dtype)
-    weights = [weight_matrix(base, dtype) for base in bases]
-    if len(weights) > 1 and sum(weight.numel() for weight in weights) <= JOINED:
+    weights = [weight_matrix(base, dtype if copies else None) for base in bases]
+    if copies and len(weights) > 1 and sum(weight.numel() for weight in weights) <= JOINED:
         weights = [torch.cat(weights)]
     bias = None
     if any(part is not None for part in biases):
         sizes = [weight_matrix(base).shape[0] for base in bases]
-        parts = [weights[0].new_zeros(n) if b is None else b.to(dtype) for b, n in zip(biases, sizes, strict=True)]
+        none = partial(torch.zeros, dtype=dtype, device=weights[0].device)
+        parts = [none(n) if b is None else b.to(dtype) for b, n in zip(biases, sizes, strict=True)]
         bias = torch.cat(parts)
     return _Product(tuple(weights), bias, down, up)
 

@@ -50,7 +50,7 @@ class LanguageModel(nn.Module):
         self.critic = critic
         self.offset = position_offset(backbone)
         self._head = language_head(backbone, causal=causal)
-        self._rounded: tuple[Tensor, int, Tensor] | None = None
+        self._rounded: tuple[tuple[int, int], Tensor, Tensor] | None = None
         self.layout, self.why = choose_layout(backbone, None if self._head is None else self._packed_logits)
 
     @property
@@ -107,9 +107,10 @@ class LanguageModel(nn.Module):
         """A head in the type of its products. A frozen one, which embeddings may share, is rounded once and kept."""
         if weight.requires_grad or weight.dtype == self.compute or not torch.is_autocast_enabled(weight.device.type):
             return weight
-        kept = self._rounded
-        if kept is None or kept[0] is not weight or kept[1] != weight._version:
-            self._rounded = kept = (weight, weight._version, weight.detach().to(self.compute))
+        held, kept = weight.detach(), self._rounded
+        key = (held.untyped_storage()._cdata, weight._version)  # `.data = other` changes the one, writing the other
+        if kept is None or kept[0] != key:
+            self._rounded = kept = (key, held, held.to(self.compute))
         return kept[2]
 
     def _of_logits(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tunesmith.data.chat import turn_end
 from tunesmith.errors import ModelError
-from tunesmith.model.decoding import Decoder, why_not
+from tunesmith.model.decoding import Decoder, UnreadableError, why_not
 from tunesmith.model.heads import language_head
 from tunesmith.model.lean import narrowed
 from tunesmith.rollout.steps import FamilySteps, Steps, cache_name
@@ -217,14 +217,25 @@ class Sampler:
     def _steps(self) -> Iterator[Steps]:
         """What makes the next logits, with the weights as they are now."""
         model = self.model
-        head = language_head(model.backbone, causal=True)
+        with torch.autocast(model.backbone.device.type, enabled=False):
+            if (decoder := self._decoder()) is not None:
+                yield decoder
+                return
+        with narrowed(model.backbone, model.compute):
+            yield FamilySteps(model, cached=self.uses_cache)
+
+    def _decoder(self) -> Decoder | None:
+        """The backbone read for decoding, where it can be: a reading that fails this time says nothing of the next."""
+        backbone, compute = self.model.backbone, self.model.compute
+        head = language_head(backbone, causal=True)
         if self.why_slow is None:
-            self.why_slow = why_not(model.backbone, head, model.compute)
-        if head is not None and not self.why_slow:
-            yield Decoder(model.backbone, head, model.compute)
-        else:
-            with narrowed(model.backbone, model.compute):
-                yield FamilySteps(model, cached=self.uses_cache)
+            self.why_slow = why_not(backbone, head, compute)
+        if head is None or self.why_slow:
+            return None
+        try:
+            return Decoder(backbone, head, compute)
+        except UnreadableError:
+            return None
 
     def _complete(self, steps: Steps, rows: list[_Row], num: int, draw: Draw, stops: _Stops) -> None:
         """Grow every row until it ends. The prompt runs once for `num` neighbouring rows."""
@@ -239,7 +250,7 @@ class Sampler:
             alive = [i for i, row in enumerate(rows) if not row.done]
             if not alive:
                 return
-            if len(alive) <= (1 - steps.spare) * len(rows):
+            if len(alive) < len(rows) and len(alive) <= (1 - steps.spare) * len(rows):
                 rows = [rows[i] for i in alive]
                 kept = torch.tensor(alive, device=device)
                 tokens = tokens[kept]
@@ -266,20 +277,22 @@ def next_tokens(
 
     Raises ModelError where a row's logits, or what the temperature makes of them, are no numbers.
     """
-    own = _probabilities(logits, temperature)
+    scaled = logits if temperature == 1.0 else logits / temperature
+    own = _probabilities(scaled)
     if draw.temperature == 0.0:
         tokens = logits.argmax(1)
     elif draw == Draw(temperature):
         tokens = _drawn(own, generators)
     else:
         warm = logits if draw.temperature == 1.0 else logits / draw.temperature
-        tokens = _drawn(_probabilities(cut(warm, draw), 1.0), generators)
-    return tokens, own.gather(1, tokens[:, None])[:, 0].log()
+        tokens = _drawn(_probabilities(cut(warm, draw)), generators)
+    below = scaled.gather(1, tokens[:, None])[:, 0] - scaled.amax(1)
+    return tokens, below + own.amax(1).log()  # from the likeliest down: a token's own probability may be 0 in fp32
 
 
-def _probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """softmax(logits / temperature) `[N, V]`, where there is a distribution to draw from."""
-    found = (logits if temperature == 1.0 else logits / temperature).softmax(1)
+def _probabilities(logits: Tensor) -> Tensor:
+    """softmax(logits) `[N, V]`, where there is a distribution to draw from."""
+    found = logits.softmax(1)
     bad = ~found[:, 0].isfinite()  # one number that is none makes the whole row so
     if bool(bad.any()):
         raise ModelError(
