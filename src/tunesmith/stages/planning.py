@@ -26,7 +26,7 @@ OTHERS = (
 
 FAMILY_CODE = 40 << 20
 """Bytes that a process holds, beside a planning one, once it reads a base: the family's code and what that imports."""
-FIRST_USE = 100 << 20
+FIRST_USE = 110 << 20
 """Bytes that it comes to hold once it trains: torch's libraries as far as they are used, matrix products that are
 compiled. Both measured (docs/log.md)."""
 
