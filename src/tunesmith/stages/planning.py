@@ -26,9 +26,12 @@ OTHERS = (
 
 FAMILY_CODE = 40 << 20
 """Bytes that a process holds, beside a planning one, once it reads a base: the family's code and what that imports."""
-FIRST_USE = 110 << 20
-"""Bytes that it comes to hold once it trains: torch's libraries as far as they are used, matrix products that are
-compiled. Both measured (docs/log.md)."""
+FIRST_USE = {"classifier": 60 << 20}
+ANY_FIRST_USE = 100 << 20
+"""Bytes that it comes to hold once it trains, by the kind of its model: torch's libraries as far as they are used,
+matrix products that are compiled, samples that are written. Measured, as the above (docs/log.md)."""
+SCRATCH = 0.08
+"""What products and pages half used hold beside a step's tensors, as a share of them."""
 
 
 def plan(resolved: Resolved, *, on: str | None, price: float | None, say: Say) -> dict[str, Any]:
@@ -50,14 +53,14 @@ def plan(resolved: Resolved, *, on: str | None, price: float | None, say: Say) -
     )
     load = load_of(recipe, tokenizer, inputs, device)
     on_cpu = target is None and device == "cpu"
-    runtime, first_use = (peak_memory_bytes() + FAMILY_CODE, FIRST_USE) if on_cpu else (0, 0)
+    runtime = peak_memory_bytes() + FAMILY_CODE if on_cpu else 0
     classes = 1 if recipe.stage == "reward" else max(2, len(inputs.label_names))
 
     def of(spec: TrainableSpec) -> tuple[StepShape, MemoryPlan]:
         shape = _shape(recipe, base, spec, load, bf16=bf16, classes=classes)
         return shape, plan_memory(
             shape, file_bytes=record["bytes"], runtime=runtime, optimizer=recipe.train.optimizer, on_cpu=on_cpu,
-            first_use=first_use,
+            first_use=_first_use(recipe, shape) if on_cpu else 0,
         )  # fmt: skip
 
     shape, memory = of(trainable_spec(recipe, resolved.folder))
@@ -81,7 +84,7 @@ def plan(resolved: Resolved, *, on: str | None, price: float | None, say: Say) -
         "seconds": flops / rate,
         "price": None if price is None else round(flops / rate / 3600 * price, 4),
         "methods": _methods(recipe, of, room),
-        "devices": _devices(memory, flops, runtime + first_use),
+        "devices": _devices(memory, flops),
     }
 
 
@@ -107,6 +110,10 @@ def _shape(recipe: Recipe, base: str, spec: TrainableSpec, load: Load, *, bf16: 
         base, STAGES[recipe.stage].KIND, spec, load.lengths, load.num_targets, bf16=bf16, classes=classes,
         adam=recipe.train.optimizer == "adamw",
     )  # fmt: skip
+
+
+def _first_use(recipe: Recipe, shape: StepShape) -> int:
+    return FIRST_USE.get(STAGES[recipe.stage].KIND, ANY_FIRST_USE) + round(SCRATCH * shape.step_bytes)
 
 
 def _quiet(_: str) -> None:
@@ -154,8 +161,8 @@ def _methods(recipe: Recipe, of: Any, room: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _devices(memory: MemoryPlan, flops: float, runtime: int) -> list[dict[str, Any]]:
-    needed = memory.peak - runtime
+def _devices(memory: MemoryPlan, flops: float) -> list[dict[str, Any]]:
+    needed = memory.peak - memory.runtime - memory.first_use
     rows = []
     for device in DEVICES:
         seconds = flops / (device.rate * REACHED)
