@@ -155,9 +155,9 @@ def table(folder: Path, *, peaks: bool) -> str:
         f"`python evidence/plan_error.py` on {datetime.date.today()}; peak resident memory of the process, MB.", "",
         "| model | method | tokens a row | rows a step | planned | real | plan is |", "|---|---|--:|--:|--:|--:|--:|",
         *lines, "",
-        f"{_span(errors)}. The promise is within 10 % and never more than 2 % too little. Three constants (what a process "
-        "comes to hold when it first trains) were fitted on those runs, on this machine; on the "
-        f"{FRESH[0]} x {FRESH[1]} rows, which came after, nothing was: {_span(fresh)}.", "",
+        f"{_span(errors)}. The promise is within 10 % and never more than 2 % too little. Three constants (what a "
+        "process comes to hold when it first trains) were fitted on those runs, on this machine; on rows of "
+        f"{FRESH[0]} tokens, {FRESH[1]} a step, nothing was: {_span(fresh)}.", "",
     ])  # fmt: skip
 
 
