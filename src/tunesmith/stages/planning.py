@@ -26,7 +26,7 @@ OTHERS = (
 
 FAMILY_CODE = 40 << 20
 """Bytes that a process holds, beside a planning one, once it reads a base: the family's code and what that imports."""
-FIRST_USE = {"classifier": 60 << 20}
+FIRST_USE = {"classifier": 64 << 20}
 ANY_FIRST_USE = 100 << 20
 """Bytes that it comes to hold once it trains, by the kind of its model: torch's libraries as far as they are used,
 matrix products that are compiled, samples that are written. Measured, as the above (docs/log.md)."""
