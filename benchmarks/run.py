@@ -188,9 +188,14 @@ def report(part: Part, found: Mapping[str, Sequence[Outcome]], agreed: str, ceil
         ratio = f"{ours.tokens_per_second / middle.tokens_per_second:.1f}x" if ours else ""
         lines.append(
             f"| {contestant.name} | {middle.tokens_per_second:,.1f} | {ratio} | {middle.peak_memory_bytes / 1e6:,.0f} "
-            f"| {flops_share(work, middle, ceiling)} | {middle.first_step_seconds:.1f} |"
+            f"| {flops_share(work, middle, ceiling)} | {_seconds(middle.first_step_seconds)} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _seconds(found: float) -> str:
+    """Nothing for what has no first step."""
+    return f"{found:.1f}" if found else ""
 
 
 def _machine() -> str:
