@@ -142,13 +142,14 @@ def check_together(raw: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[l
     return problems, _warnings(values)
 
 
-def _given(raw: Mapping[str, Any], key: str) -> bool:
+def _given(raw: Mapping[str, Any], key: str, *, null: bool = True) -> bool:
+    """Whether the recipe names the key; without `null`, whether it gives it a value."""
     at: Any = raw
     for part in key.split("."):
         if not isinstance(at, dict) or part not in at:
             return False
         at = at[part]
-    return True
+    return null or at is not None
 
 
 def idle_keys(raw: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -156,11 +157,11 @@ def idle_keys(raw: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[s
     stage, method = values["stage"], values["tune"]["method"]
     problems = []
     for key, methods in METHOD_KEYS.items():
-        if _given(raw, f"tune.{key}") and method not in methods:
+        if _given(raw, f"tune.{key}", null=False) and method not in methods:
             wanted = " or ".join(sorted(methods))
             problems.append((f"tune.{key}", f"`tune.{key}` does nothing with method {method}; it is for {wanted}"))
     for key, stages in _STAGE_KEYS.items():
-        if _given(raw, key) and stage not in stages:
+        if _given(raw, key, null=False) and stage not in stages:
             problems.append((key, f"`{key}` does nothing in stage {stage}; it is for {' or '.join(sorted(stages))}"))
     if _given(raw, "train.adapter_b_rate_ratio") and method != "lora":
         problems.append(("train.adapter_b_rate_ratio", "`train.adapter_b_rate_ratio` is for method lora"))

@@ -239,6 +239,10 @@ def test_keys_that_contradict_each_other_or_do_nothing_are_refused(changes, said
     assert said in _said({**BASE, **changes})
 
 
+def test_a_key_of_another_method_that_is_null_is_not_given():
+    assert load_recipe({**BASE, "tune": {"method": "full", "rank": None}}).recipe.tune.method == "full"
+
+
 def _mixed(*templates, stage="sft", **data):
     parts = [{"path": f"{i}.jsonl"} | ({} if t is None else {"template": t}) for i, t in enumerate(templates)]
     return {"stage": stage, "base": "b", "data": {"mix": parts, "eval": "e.jsonl", **data}}
