@@ -24,7 +24,7 @@ from tunesmith.model.lean import make_lean
 from tunesmith.model.packing import Layout
 from tunesmith.model.trainable import TrainableSpec, make_trainable
 from tunesmith.recipe import GrpoSpec, PpoSpec
-from tunesmith.rollout import rules
+from tunesmith.rollout import rules, sampler
 from tunesmith.rollout.actor import Actor, take_tokens, without_dropout
 from tunesmith.rollout.collect import Collector, Sampling
 from tunesmith.rollout.keeping import pack_samples, unpack_samples
@@ -146,13 +146,12 @@ def test_dropout_that_was_made_lean_is_removed_too():
 def test_a_sampler_that_disagrees_stops_the_run(monkeypatch: pytest.MonkeyPatch):
     model = policy()
     made = source(model)
-    plain = Sampler._forward
+    plain = sampler.next_tokens
 
-    def louder(self: Any, *args: Any) -> Any:
-        logits, cache = plain(self, *args)
-        return logits * 1.1, cache
+    def louder(logits: Any, *args: Any, **settings: Any) -> Any:
+        return plain(1.1 * logits, *args, **settings)
 
-    monkeypatch.setattr(Sampler, "_forward", louder)
+    monkeypatch.setattr(sampler, "next_tokens", louder)
     with pytest.raises(ModelError, match="sampler and trainer disagree"):
         made.step_batches(1)
 
