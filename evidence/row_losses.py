@@ -100,8 +100,9 @@ def _report(found: dict[str, list[tuple[int, int, dict[str, float]]]]) -> str:
             rows.append((name, f"{num_rows:,}", num_flipped, opinion, shown, f"{sum(each) / len(each):.3f}"))
     return (
         f"{SHARE:.0%} of the training labels were flipped, others for each of {len(SEEDS)} seeds. The share of truly "
-        f"flipped ones among the {SHARE:.0%} of the rows that are least believed; by chance it is {SHARE:.2f}. How the "
-        "opinions are made and weighed was chosen on the first seed, among those of docs/log.md.\n\n"
+        f"flipped ones among the {SHARE:.0%} of the rows that are least believed; by chance it is {SHARE:.2f}. The "
+        "bag of words was chosen on these flips and the weight of the run's own opinion on those of the first seed, "
+        "among what docs/log.md tells; other data may give less.\n\n"
         + table(("model and data", "rows", "flipped", "opinion", "each seed", "mean"), rows)
         + "\n\n"
         "First visit: the loss before the row was ever trained on. All visits: mean log-odds against the label over "

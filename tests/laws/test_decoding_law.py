@@ -252,10 +252,7 @@ def test_control_a_step_at_the_wrong_position_is_found(monkeypatch: pytest.Monke
         self._places = self._places + 1
         return step(self, tokens)
 
-    step = Decoder.step
+    step, turns = Decoder.step, Decoder._turns
     monkeypatch.setattr(Decoder, "step", late)
     monkeypatch.setattr(Decoder, "_turns", lambda self, longest: turns(self, longest + 8))
     assert "logits differ" in why_not(backbone, head_of(backbone), torch.float32)
-
-
-turns = Decoder._turns

@@ -20,6 +20,7 @@ from tunesmith.model.heads import LanguageHead
 from tunesmith.model.lean import FrozenLinear, LeanRMSNorm, lean_norm
 from tunesmith.model.lora import LoraLinear, weight_matrix
 from tunesmith.model.packing import attention_windows, switch_tokens
+from tunesmith.ops_norm import rms_norm
 
 JOINED = 1 << 22
 """Elements up to which the matrices of several linears with one input are copied into one; larger ones are not held
@@ -69,10 +70,7 @@ class _Norm:
     dtype: torch.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        mean = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        out = torch.empty(x.shape, dtype=self.dtype, device=x.device)
-        return torch.mul(wide * mean.add_(self.eps).rsqrt_(), self.weight, out=out)
+        return rms_norm(x, self.weight, self.eps, self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
