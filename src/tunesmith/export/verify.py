@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunesmith.model.packing import without_cache
+
 PROBE_LENGTHS = (12, 5, 9, 3)
 # Largest difference over the largest logit, by the dtype the weights are stored in.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 8e-2, torch.float16: 2e-2}
@@ -52,7 +54,7 @@ def logits_of(model: Any, probes: Sequence[Sequence[int]]) -> list[Tensor]:
     """The model's own logits, one sequence at a time, fp32 on the CPU."""
     with evaluating(model):
         rows = [torch.tensor([list(row)], device=model.device) for row in probes]
-        return [model(input_ids=row).logits[0].float().cpu() for row in rows]
+        return [model(input_ids=row, **without_cache(model)).logits[0].float().cpu() for row in rows]
 
 
 def agree(ours: Sequence[Tensor], theirs: Sequence[Tensor], dtype: torch.dtype) -> Agreement:

@@ -53,7 +53,10 @@ def load_config(base: str | Path, *, trust: str | None = None) -> Any:
     if kind not in CONFIG_MAPPING and not trusted:
         raise ModelError(f"{base}: model_type {kind!r} in config.json is not known to this version of transformers")
     with quiet(), explained(base, "configuration"):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
+        found = AutoConfig.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
+    if not hasattr(found.get_text_config(), "pad_token_id"):  # families that know no padding (CodeGen, RWKV)
+        found.get_text_config().pad_token_id = None
+    return found
 
 
 def load_tokenizer(base: str | Path, *, trust: str | None = None) -> Any:
@@ -274,7 +277,9 @@ def base_record(base: str | Path, *, trust: str | None = None) -> dict[str, Any]
         "parameters": sum(size for _, size in tensors),
         "dtype": _common([kind for kind, _ in tensors]),
         "bytes": sum(path.stat().st_size for path in files),
-        "context_tokens": next((text[key] for key in _CONTEXT_KEYS if isinstance(text.get(key), int)), None),
+        "context_tokens": next(
+            (text[key] for key in _CONTEXT_KEYS if isinstance(text.get(key), int) and text[key] > 0), None
+        ),
     }
 
 

@@ -223,9 +223,24 @@ class LoraLinear(nn.Module):
 
 
 def is_linear(module: nn.Module) -> bool:
-    """True for what an adapter can stand beside. torch's own attention output reads its weight directly: not it."""
+    """True for what an adapter can stand beside. Not torch's own attention output, which reads its weight directly,
+    nor a linear by name that answers with more than a product, as a router of experts does (Llama 4)."""
+    if isinstance(module, (Conv1D, QuantizedLinear)):
+        return True
     odd = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    return isinstance(module, (nn.Linear, Conv1D, QuantizedLinear)) and not odd
+    return isinstance(module, nn.Linear) and not odd and _multiplies(module)
+
+
+@torch.no_grad()
+def _multiplies(module: nn.Linear) -> bool:
+    """Whether a subclass with a forward of its own gives x W^T + bias, or, without values, something of that shape."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    weight = module.weight
+    rows = torch.linspace(-1, 1, 2 * module.in_features, dtype=weight.dtype, device=weight.device).view(2, -1)
+    expected, found = nn.functional.linear(rows, weight, module.bias), module(rows)
+    same = isinstance(found, Tensor) and found.shape == expected.shape
+    return same and (weight.is_meta or torch.allclose(found, expected, rtol=1e-2, atol=1e-3))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:

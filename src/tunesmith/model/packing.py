@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from inspect import signature
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from tunesmith.batch import Batch
 from tunesmith.model import attention
+from tunesmith.model.folder import quiet
 
 PROBE_LENGTHS = (5, 9, 3)
 PAST_WINDOW = 8
@@ -72,16 +74,22 @@ def _rounded(batch: Batch) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     return ids, positions, (*batch.lengths, *(longest,) * (more // longest), *last)
 
 
+def without_cache(backbone: Any) -> dict[str, bool]:
+    """The argument that keeps a forward from filling a KV cache, where the family takes it."""
+    return {"use_cache": False} if "use_cache" in signature(backbone.forward).parameters else {}
+
+
 def own_logits(backbone: Any, batch: Batch, layout: Layout) -> Tensor:
     """Logits of the family's own forward: `[T, V]` for language models, `[S, C]` for classifiers."""
     rows = batch.input_ids[batch.segments >= 0].split(list(batch.lengths))
+    options = without_cache(backbone)
     if layout is Layout.ALONE:
-        return torch.cat([_squeeze(backbone(input_ids=row[None]).logits) for row in rows])
+        return torch.cat([_squeeze(backbone(input_ids=row[None], **options).logits) for row in rows])
     pad_id = backbone.config.get_text_config().pad_token_id or 0
     input_ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad_id)
     sizes = torch.tensor(batch.lengths, device=input_ids.device)
     mask = torch.arange(input_ids.shape[1], device=input_ids.device)[None] < sizes[:, None]
-    logits = backbone(input_ids=input_ids, attention_mask=mask.long()).logits
+    logits = backbone(input_ids=input_ids, attention_mask=mask.long(), **options).logits
     return logits[mask] if logits.dim() == 3 else logits
 
 
@@ -161,7 +169,8 @@ def choose_layout(backbone: Any, packed_logits: Callable[[Batch], Tensor] | None
             why = _packs(backbone, batch, alone, packed_logits)
             if not why:
                 return Layout.PACKED, ""
-            backbone.set_attn_implementation(original)
+            with quiet():
+                backbone.set_attn_implementation(original)
         try:
             error = _difference(own_logits(backbone, batch, Layout.PADDED), alone)
         except (ValueError, RuntimeError, IndexError):
@@ -172,7 +181,10 @@ def choose_layout(backbone: Any, packed_logits: Callable[[Batch], Tensor] | None
 def _packs(backbone: Any, batch: Batch, alone: Tensor, packed_logits: Callable[[Batch], Tensor]) -> str:
     """Empty when packed equals one by one, else what happened."""
     try:
-        backbone.set_attn_implementation(attention.NAME)
+        with quiet():
+            backbone.set_attn_implementation(attention.NAME)
+        if backbone.config.get_text_config()._attn_implementation != attention.NAME:
+            return "it has attention of its own, which would see a packed row as one long text"
         error = _difference(packed_logits(batch), alone)
     except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError) as problem:
         return f"it cannot run a packed row ({type(problem).__name__})"

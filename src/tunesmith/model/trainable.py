@@ -204,7 +204,7 @@ def find_targets(backbone: Any, targets: Sequence[str] | str) -> list[str]:
     names, head = linear_names(backbone), head_modules(backbone)
     in_head = {name for name in names if any(_inside(name, module) for module in head)}
     if targets == ALL_LINEAR or list(targets) == [ALL_LINEAR]:
-        return [name for name in names if name not in in_head]
+        return [name for name in names if name not in in_head and not _gate(backbone.get_submodule(name))]
     wanted = [targets] if isinstance(targets, str) else list(targets)
     if is_classifier(backbone):
         names = [name for name in names if name not in in_head]
@@ -217,6 +217,23 @@ def find_targets(backbone: Any, targets: Sequence[str] | str) -> list[str]:
     chosen = {name for found in matches.values() for name in found}
     _refuse_tied(backbone, chosen)
     return [name for name in names if name in chosen]
+
+
+def experts_note(backbone: nn.Module) -> str:
+    """Says how much an adapter on linear layers leaves out in a mixture of experts; empty where there are none."""
+    named = [(name, p) for name, p in backbone.named_parameters() if "experts." in name and p.dim() == 3]
+    size = sum(p.numel() for _, p in named if not p.requires_grad)
+    if not size or not lora.lora_layers(backbone):
+        return ""
+    return (
+        f"{size:,} parameters of experts are one tensor a layer and no linear layers: the adapter does not reach them "
+        "and they stay as they are; full and last_layers train them"
+    )
+
+
+def _gate(module: nn.Module) -> bool:
+    """A linear that answers with one number, as the gate of shared experts (Qwen2-MoE): no matrix to factorise."""
+    return lora.matrix_shape(module)[0] == 1
 
 
 def _inside(name: str, module: str) -> bool:

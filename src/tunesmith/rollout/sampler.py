@@ -124,7 +124,8 @@ class Sampler:
         self.uses_cache: bool = cache_name(language_model.backbone) is not None
         softcap = getattr(config, "attn_logit_softcapping", None)
         self._pads = self.uses_cache and softcap is None  # a soft-capped row that sees nothing would be NaN
-        self._max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        longest = int(getattr(config, "max_position_embeddings", None) or 0)
+        self._max_positions: int | None = longest if longest > 0 else None  # XLNet says -1: there is no end
         self._pad_id: int = config.pad_token_id or 0
         self._turn_end = turn_end(tokenizer)
         self.why_slow: str | None = None if self.uses_cache else "its cache cannot be padded"

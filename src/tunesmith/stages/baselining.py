@@ -287,7 +287,8 @@ def _examples(job: Job, shots: int) -> list[tuple[list[int], int]]:
 def context_of(model: Any) -> int:
     """Tokens that the model reads at most."""
     config = model.backbone.config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 512)
+    named = (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions"))
+    return next((int(value) for value in named if isinstance(value, int) and value > 0), 512)
 
 
 def _by_label_features(built: Built, job: Job, words: Sequence[str]) -> dict[str, Classes]:

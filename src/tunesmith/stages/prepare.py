@@ -24,7 +24,7 @@ from tunesmith.errors import DataError, RecipeError, several
 from tunesmith.model.folder import resolve
 from tunesmith.model.load import base_record, load_backbone, load_tokenizer, stored_dtype
 from tunesmith.model.packing import recompute_activations
-from tunesmith.model.trainable import make_trainable
+from tunesmith.model.trainable import experts_note, make_trainable
 from tunesmith.plan.hardware import choose_device, choose_precision
 from tunesmith.recipe import Recipe
 from tunesmith.stages import beforehand, classify, dpo, grpo, mlm, ppo, pretrain, reward, sft
@@ -339,6 +339,9 @@ def prepare(
     if trainable.trainable == 0:
         raise RecipeError("nothing would train: no parameter requires a gradient; look at `tune`")
     say(trainable.describe())
+    if note := experts_note(backbone):
+        say(note)
+        inputs = replace(inputs, notes=(*inputs.notes, note))
     if recipe.stage == "mlm" and (note := mlm.head_note(recipe.base, backbone, trainable.names)):
         say(note)
         inputs = replace(inputs, notes=(*inputs.notes, note))
