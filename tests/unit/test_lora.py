@@ -184,3 +184,14 @@ def test_start_does_not_depend_on_the_other_targets_nor_touch_the_global_state()
     assert torch.equal(state, torch.random.get_rng_state())
     third = lora.inject(tiny_causal("llama"), [name], LoraSpec(rank=2, seed=6))[name]
     assert not torch.equal(first.lora_A, third.lora_A)
+
+
+def test_a_family_may_write_into_what_an_adapted_layer_answers():
+    layer = LoraLinear(nn.Linear(8, 6), LoraSpec(rank=2))
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    answer = layer(x)
+    answer /= 2.0
+    answer.sum().backward()
+    with torch.no_grad():
+        expected = (torch.ones(2, 3, 6) / 2) @ layer.merged_matrix()
+    torch.testing.assert_close(x.grad, expected)

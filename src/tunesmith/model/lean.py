@@ -69,12 +69,12 @@ class LeanGatedMLP(nn.Module):
         if not torch.is_grad_enabled():
             return self.down_proj(inner)
 
-        def pack(saved: Tensor) -> Tensor | None:
-            same = saved.untyped_storage()._cdata == inner.untyped_storage()._cdata
-            return None if same and saved.shape == inner.shape and saved.dtype == inner.dtype else saved
+        def pack(saved: Tensor) -> Tensor | torch.Size:
+            same = saved.untyped_storage()._cdata == inner.untyped_storage()._cdata and saved.is_contiguous()
+            return saved.shape if same and saved.numel() == inner.numel() and saved.dtype == inner.dtype else saved
 
-        def unpack(saved: Tensor | None) -> Tensor:
-            return F.silu(gate.detach()).mul_(up.detach()) if saved is None else saved
+        def unpack(saved: Tensor | torch.Size) -> Tensor:
+            return saved if isinstance(saved, Tensor) else F.silu(gate.detach()).mul_(up.detach()).view(saved)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             return self.down_proj(inner)

@@ -65,7 +65,7 @@ def is_turned(base: nn.Module) -> bool:
 
 
 class _LoraFunction(torch.autograd.Function):
-    """x [..., k], A [R, k], B [d, R] -> x W0^T + bias + s (drop(x) A^T) B^T. Saves x and drop(x) A^T, no mask."""
+    """x [N, k], A [R, k], B [d, R] -> x W0^T + bias + s (drop(x) A^T) B^T. Saves x and drop(x) A^T, no mask."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, layer: LoraLinear, dtype: torch.dtype) -> Tensor:
@@ -75,7 +75,7 @@ class _LoraFunction(torch.autograd.Function):
         dropped = low if seed is None else low * _mask(low, rate, seed)
         inner = dropped @ a.to(dtype).t()
         out = layer.frozen_forward(low)
-        _rows(out).addmm_(_rows(inner), b.to(dtype).t(), alpha=layer.scaling)
+        out.addmm_(inner, b.to(dtype).t(), alpha=layer.scaling)
         ctx.save_for_backward(low, inner, a, b)
         ctx.layer, ctx.rate, ctx.seed, ctx.input_dtype = layer, rate, seed, x.dtype
         return out
@@ -90,23 +90,19 @@ class _LoraFunction(torch.autograd.Function):
         grad_x = grad_a = grad_b = None
         with torch.autocast(x.device.type, enabled=False):
             if needs_b:
-                grad_b = (_rows(inner).t() @ _rows(grad)).t().to(b.dtype).mul_(layer.scaling)
+                grad_b = (inner.t() @ grad).t().to(b.dtype).mul_(layer.scaling)
             through = (grad @ b.to(x.dtype)).mul_(layer.scaling) if needs_a or needs_x else None
             mask = None if ctx.seed is None else _mask(x, ctx.rate, ctx.seed)
             if needs_a and through is not None:
-                grad_a = (_rows(through).t() @ _rows(x if mask is None else x * mask)).to(a.dtype)
+                grad_a = (through.t() @ (x if mask is None else x * mask)).to(a.dtype)
             if needs_x and through is not None:
                 grad_x = layer.frozen_backward(grad)
                 if mask is None:
-                    _rows(grad_x).addmm_(_rows(through), a.to(x.dtype))
+                    grad_x.addmm_(through, a.to(x.dtype))
                 else:
                     grad_x.add_((through @ a.to(x.dtype)).mul_(mask))
                 grad_x = grad_x.to(ctx.input_dtype)
         return grad_x, grad_a, grad_b, None, None
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 def _mask(like: Tensor, rate: float, seed: int) -> Tensor:
@@ -176,16 +172,15 @@ class LoraLinear(nn.Module):
         return torch.cat([self.lora_A, self.initial_A]), torch.cat([self.lora_B, -self.initial_B], dim=1)
 
     def frozen_forward(self, x: Tensor) -> Tensor:
-        """x [..., k] -> x W0^T + bias, a fresh tensor."""
+        """x [N, k] -> x W0^T + bias, a fresh tensor."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             if isinstance(self.base, Conv1D) and bias is not None:
-                out = torch.addmm(bias, _rows(x), self.base.weight.to(x.dtype))
-                return out.view(*x.shape[:-1], self.out_features)
+                return torch.addmm(bias, x, self.base.weight.to(x.dtype))
             return nn.functional.linear(x, weight_matrix(self.base, x.dtype), bias)
 
     def frozen_backward(self, grad: Tensor) -> Tensor:
-        """g [..., d] -> g W0."""
+        """g [N, d] -> g W0."""
         return grad @ weight_matrix(self.base, grad.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -195,7 +190,8 @@ class LoraLinear(nn.Module):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with torch.autocast(kind, enabled=False):
-            out = cast(Tensor, _LoraFunction.apply(x, *self.pair(), self, dtype))
+            rows = cast(Tensor, _LoraFunction.apply(x.reshape(-1, x.shape[-1]), *self.pair(), self, dtype))
+            out = rows.view(*x.shape[:-1], self.out_features)  # here, so that a family may write into it (Longformer)
             if self.lora_magnitude_vector is None:
                 return out
             stretch = (self.lora_magnitude_vector / self._norms().detach() - 1.0).to(dtype)
