@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -158,7 +160,7 @@ def test_cached_and_uncached_runs_are_the_same_at_every_step(recipe, family, sev
     api.train(recipe(family, several=several, cache_features=True), run="kept")
     assert len(passes) == 1, "the proof at load alone"
     anew, kept = (metrics(tmp_path / "runs" / name) for name in ("anew", "kept"))
-    assert len(kept) == 12 and kept[-1]["loss"] < kept[0]["loss"]
+    assert len({line["loss"] for line in kept}) == 12
     for a, b in zip(anew, kept, strict=True):
         assert b == pytest.approx(a, rel=1e-4), a["step"]
     before, after = (json.loads((tmp_path / "runs" / n / "result.json").read_text()) for n in ("anew", "kept"))
@@ -180,9 +182,6 @@ def test_an_opened_run_predicts_without_the_cache(recipe, tmp_path, monkeypatch)
 def stopper(step: int):
     def show(report: StepReport) -> None:
         if report.step == step:
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGTERM)
 
     return show

@@ -89,8 +89,9 @@ def _body_hash(job: Job) -> str:
 
 def _key(job: Job, model: ScoreModel, body: str, store: SampleStore) -> str:
     """Everything that a bit of a feature depends on: the same key is the same bits."""
+    chip = torch.cuda.get_device_name(job.device) if job.device.startswith("cuda") else ""
     parts = [
-        VERSION, body, store.fingerprint, job.precision, job.eval_tokens, model.layout.value, job.device,
+        VERSION, body, store.fingerprint, job.precision, job.eval_tokens, model.layout.value, job.device, chip,
         torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(),
     ]  # fmt: skip
     return sha256(json.dumps(parts).encode()).hexdigest()[:32]
