@@ -176,7 +176,7 @@ def test_an_opened_run_predicts_without_the_cache(recipe, tmp_path, monkeypatch)
     result = api.train(recipe(cache_features=True), run="kept")
     monkeypatch.setattr("tunesmith.stages.feature_cache.kept", None)
     found = api.evaluate("kept", data="eval.jsonl")
-    assert found["loss"]["value"] == pytest.approx(result["after"]["loss"]["value"], rel=1e-4)
+    assert found["metrics"]["loss"]["value"] == pytest.approx(result["after"]["loss"]["value"], rel=1e-4)
 
 
 def stopper(step: int):
