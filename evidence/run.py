@@ -25,6 +25,7 @@ PARTS = {
     "ppo": "towards positive reviews: three seeds, three prices of the KL, fluency (about 5 minutes)",
     "grpo": "the same by grpo (about 4 minutes)",
     "row_losses": "5 % of the labels flipped: how many are found by what rows cost (about 8 minutes)",
+    "features": "a classifier's head alone, its body run at each step or once; the neighbour's case (about 30 minutes)",
     "quantize": "LoRA beside a base in 32, 8 and 4 bits: loss, memory, seconds a step (about 4 minutes)",
     "learning_curve": "100, 300 and 1,000 examples, tuned against from scratch (about 15 minutes)",
     "embedded_base": "the base that comes with the program, beside story models, gzip and 5-grams (about 10 minutes)",

@@ -141,7 +141,7 @@ def _plan_lines(found: Mapping[str, Any]) -> list[str]:
     """Bytes by line, whether it fits, time; then the same for other methods and devices."""
     memory = found["memory"]
     names = ("weights", "gradients", "optimizer", "activations", "head", "step", "allocator", "rollouts", "runtime",
-             "first_use", "peak")  # fmt: skip
+             "first_use", "features", "peak")  # fmt: skip
     rows = [["memory", "GB"], *([name, f"{memory[name] / 1e9:.3f}"] for name in names if memory[name])]
     lines = [f"{found['stage']} of {found['base']} on {found['on']}", "", *table(rows), ""]
     verdict = "fits" if found["fits"] else "does NOT fit"

@@ -41,6 +41,7 @@ METHOD_KEYS = {
     "adapter": {"lora"},
     "train_also": {"lora", "peft", "bias"},
     "peft": {"peft"},
+    "cache_features": {"head"},
 }
 _ADAPTER_KEYS = ("rank", "alpha", "dropout", "targets", "init", "rank_stabilized", "dora", "train_also")
 """What an adapter that is gone on from has settled already."""
@@ -53,6 +54,7 @@ _STAGE_KEYS = {
     "data.train_on_prompt": {"sft"},
     "data.multi_label": {"classify"},
     "data.mask_rate": {"mlm"},
+    "tune.cache_features": {"classify"},
     "train.batch_examples": {"pretrain", "mlm", "sft", "classify", "reward", "dpo"},
     "train.batch_tokens": {"pretrain", "mlm", "sft", "classify", "reward", "dpo"},
     "evaluate.generate": {"sft", "dpo"},

@@ -118,6 +118,9 @@ class TuneSpec(Section):
     """Folder of an adapter to go on from."""
     peft: dict[str, Any] | None = None
     """Configuration of the PEFT method, `peft_type` included."""
+    cache_features: bool | None = None
+    """Run the frozen body once over every row, without its dropout, and train the head on what is kept; each step
+    runs the body anew when not set."""
 
 
 class StoppingSpec(Section):

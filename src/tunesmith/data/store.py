@@ -132,7 +132,7 @@ def _write(records: Iterable[Record], encoder: Encoder, folder: Path, key: str) 
         temporary.mkdir(parents=True)
         meta = _write_samples(records, encoder, temporary)
         (temporary / "meta.json").write_text(json.dumps({**meta, "fingerprint": key}), encoding="utf-8")
-        _publish(temporary, folder, key)
+        publish(temporary, folder, lambda: _open(folder, key) is not None)
     except OSError as error:
         raise DataError(f"cannot keep encoded samples in {folder.parent}: {error.strerror}; make room, or name "
                         "another folder with TUNESMITH_CACHE") from None  # fmt: skip
@@ -140,11 +140,11 @@ def _write(records: Iterable[Record], encoder: Encoder, folder: Path, key: str) 
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _publish(temporary: Path, folder: Path, key: str) -> None:
-    """Put the new store in place, one process at a time; a sound one that another has put there meanwhile stays."""
+def publish(temporary: Path, folder: Path, sound: Callable[[], bool]) -> None:
+    """Put a new folder in place, one process at a time; one that another has put there meanwhile stays if `sound`."""
     with (folder.parent / ".lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists() and _open(folder, key) is not None:
+        if folder.exists() and sound():
             return
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(temporary, folder)

@@ -13,8 +13,9 @@ from torch import nn
 
 from tunesmith.errors import DataError
 from tunesmith.evaluate.intervals import Array, Estimate, Statistic, bootstrap, mean_statistic, wilson
-from tunesmith.evaluate.likelihood import Collate, Samples, evaluating, token_batches
+from tunesmith.evaluate.likelihood import Collate, Samples, token_batches
 from tunesmith.evaluate.tasks import CLASS_METRICS
+from tunesmith.model.packing import evaluating
 
 DEFAULT_METRICS = ("accuracy", "f1", "mcc")
 

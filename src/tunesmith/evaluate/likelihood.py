@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +13,7 @@ from torch import nn
 
 from tunesmith.batch import Batch, Sample
 from tunesmith.evaluate.intervals import Array, Estimate, Statistic, bootstrap, ratio
+from tunesmith.model.packing import evaluating
 from tunesmith.ops import segment_sums
 
 Collate = Callable[[Sequence[Sample]], Batch]
@@ -146,16 +146,3 @@ def _spelled_bytes(name: str) -> int:
     if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
         return 1
     return len(name.removeprefix("##").replace("▁", " ").encode("utf-8", "surrogatepass"))
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Dropout off and no gradients; every submodule's own mode is put back."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part in training:
-            part.training = True

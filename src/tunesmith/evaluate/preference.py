@@ -14,7 +14,8 @@ from torch import nn
 from tunesmith.batch import Batch, Outputs, Sample
 from tunesmith.data.batches import pack
 from tunesmith.evaluate.intervals import Array, Estimate, Statistic, bootstrap, mean_statistic, wilson
-from tunesmith.evaluate.likelihood import Collate, evaluating
+from tunesmith.evaluate.likelihood import Collate
+from tunesmith.model.packing import evaluating
 from tunesmith.objectives.pairs import Compared
 
 NUM_BINS = 10

@@ -46,6 +46,11 @@ def backbone_hash(backbone: Any, *, skip: Iterable[str] = ()) -> str | None:
     folder = Path(getattr(backbone, "name_or_path", "") or "/nonexistent")
     if folder.is_dir() and any(folder.glob("*.safetensors")):
         return weights_hash(folder)
+    return parameters_hash(backbone, skip=skip)
+
+
+def parameters_hash(backbone: Any, *, skip: Iterable[str] = ()) -> str | None:
+    """The hash of the parameters in memory outside the modules `skip`; None on the meta device."""
     skip = tuple(f"{name}." for name in skip)
     total = hashlib.sha256()
     for name, parameter in backbone.named_parameters():

@@ -52,6 +52,14 @@ def flat_hidden(backbone: Any, batch: Batch, *, causal: bool, offset: int) -> Te
     return out[0][0, : batch.input_ids.shape[1]]
 
 
+def segment_hidden(backbone: Any, batch: Batch, layout: Layout, *, causal: bool, offset: int) -> Tensor:
+    """Last hidden states of a flat row in the family's layout, `[T, D]`, each segment blind to the others."""
+    if layout_for(backbone, layout, batch) is Layout.PACKED:
+        return flat_hidden(backbone, batch, causal=causal, offset=offset)
+    parts = batch.input_ids[batch.segments >= 0].split(list(batch.lengths))
+    return torch.cat([backbone.base_model(input_ids=part[None])[0][0] for part in parts])
+
+
 def _as_it_is(batch: Batch) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     return batch.input_ids, batch.positions, tuple(batch.lengths)
 
@@ -145,14 +153,16 @@ def layout_for(backbone: Any, layout: Layout, batch: Batch) -> Layout:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    was_training = module.training
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Dropout off and no gradients; every submodule's own mode is put back."""
+    training = [part for part in module.modules() if part.training]
     module.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        module.train(was_training)
+        for part in training:
+            part.training = True
 
 
 def choose_layout(backbone: Any, packed_logits: Callable[[Batch], Tensor] | None) -> tuple[Layout, str]:
@@ -162,7 +172,7 @@ def choose_layout(backbone: Any, packed_logits: Callable[[Batch], Tensor] | None
     """
     batch = probe_batch(backbone).to(backbone.device)
     original = backbone.config._attn_implementation
-    with _evaluating(backbone):
+    with evaluating(backbone):
         alone = own_logits(backbone, batch, Layout.ALONE)
         why = "its output head has a structure not known here" if packed_logits is None else ""
         if packed_logits is not None:
@@ -189,6 +199,11 @@ def _packs(backbone: Any, batch: Batch, alone: Tensor, packed_logits: Callable[[
     except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError) as problem:
         return f"it cannot run a packed row ({type(problem).__name__})"
     return "" if error <= _tolerance(alone) else f"packed logits differ from its own by {error:.1e}"
+
+
+def same_logits(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two forwards of the same model agree as far as rounding lets them."""
+    return _difference(ours, theirs) <= _tolerance(theirs)
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:

@@ -16,7 +16,8 @@ class MemoryPlan:
     """Bytes of each line. `step` is the most that a step holds at one time: of the activations, of the gradients as
     they come, logits, and what is on its way. `allocator` is held beside it because of holes between tensors, and
     `runtime` is what the process holds without a model: interpreter, torch, libraries. `first_use` joins it once a step
-    runs: libraries as far as they are touched, products that are compiled."""
+    runs: libraries as far as they are touched, products that are compiled. `features` are what is kept of a frozen
+    body, mapped from disk: a system short of memory takes them back."""
 
     weights: int
     gradients: int
@@ -29,6 +30,7 @@ class MemoryPlan:
     runtime: int
     loading: int
     first_use: int = 0
+    features: int = 0
 
     @property
     def states(self) -> int:
@@ -38,7 +40,8 @@ class MemoryPlan:
     @property
     def peak(self) -> int:
         """The most at one time: while training, or while the weights are read."""
-        training = self.weights + self.optimizer + max(self.step, self.rollouts) + self.allocator + self.first_use
+        step = max(self.step, self.rollouts) + self.allocator
+        training = self.weights + self.optimizer + step + self.first_use + self.features
         return self.runtime + max(training, self.loading)
 
     def as_json(self) -> dict[str, Any]:
@@ -55,6 +58,7 @@ def plan_memory(
     on_cpu: bool = True,
     rollouts: int = 0,
     first_use: int = 0,
+    features: int = 0,
 ) -> MemoryPlan:
     """The plan of one micro-batch. While a base is read, it is there as it is stored beside what is made of it.
 
@@ -72,6 +76,7 @@ def plan_memory(
         runtime=runtime,
         loading=shape.weight_bytes + file_bytes,
         first_use=first_use,
+        features=features,
     )
 
 

@@ -98,6 +98,8 @@ def _found(page: Page) -> Iterator[tuple[str, str]]:
 def _cost(page: Page) -> Iterator[tuple[str, str]]:
     steps = page["steps"]
     yield "steps", f"{steps['steps']:,} of about {steps['tokens_per_step']:,.0f} tokens"
+    if page.get("features"):
+        yield "features", f"{size(page['features'])} kept after one pass of the frozen body over all rows"
     memory = page["memory"]
     held = f"{size(memory['held'])} for weights, gradients and optimizer of {size(memory['room'])} there are"
     plan = page.get("plan")

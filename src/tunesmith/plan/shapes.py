@@ -21,7 +21,7 @@ from tunesmith.model.lean import make_lean
 from tunesmith.model.load import load_empty
 from tunesmith.model.packing import flat_hidden, position_offset
 from tunesmith.model.quantize import num_parameters
-from tunesmith.model.trainable import TrainableSpec, make_trainable
+from tunesmith.model.trainable import TrainableSpec, head_modules, make_trainable
 from tunesmith.ops import chunked_logprobs
 from tunesmith.plan.heap import heap_peak
 from tunesmith.plan.live import LiveBytes
@@ -135,8 +135,13 @@ def _head(model: Any, kind: str) -> tuple[int, int, bool] | None:
 
 
 def _flops(model: nn.Module, num_tokens: int, num_targets: int, head: tuple[int, int, bool] | None) -> tuple[int, int]:
-    """2 operations a weight and token forward; as many again for the input's gradient, and for a trained weight's."""
+    """2 operations a weight and token forward; as many again for the input's gradient, and for a trained weight's.
+
+    Through a body of which nothing learns no gradient passes.
+    """
     forward = backward = 0
+    heads = tuple(f"{name}." for name in head_modules(model))
+    deep = any(p.requires_grad and not name.startswith(heads) for name, p in model.named_parameters())
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or weight.dim() != 2 or isinstance(module, nn.Embedding):
@@ -146,7 +151,7 @@ def _flops(model: nn.Module, num_tokens: int, num_targets: int, head: tuple[int,
         is_head = head is not None and tuple(weight.shape) == head[:2] and name.endswith(("lm_head", "embed_out"))
         work = 2 * weight.numel() * (num_targets if is_head else num_tokens)
         forward += work
-        backward += work * (2 if weight.requires_grad else 1)
+        backward += work * (weight.requires_grad + (deep or weight.requires_grad))
     return forward, backward
 
 

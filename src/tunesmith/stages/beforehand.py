@@ -17,6 +17,7 @@ from tunesmith.errors import DataError, several
 from tunesmith.plan.hardware import available_memory
 from tunesmith.plan.preflight import Verdict, found_values, judge, judged_text, refusals, scan_values
 from tunesmith.recipe import Recipe
+from tunesmith.stages.feature_cache import feature_bytes
 from tunesmith.stages.job import Inputs, Job
 from tunesmith.stages.load import load_of
 
@@ -59,6 +60,7 @@ def look(job: Job, sets: Any, base: Mapping[str, Any]) -> dict[str, Any]:
         "template": _template(tokenizer, recipe, _count(inputs.findings, "special_text")),
         "steps": {"steps": load.num_steps, "tokens_per_step": round(load.tokens_per_step, 1)},
         "memory": memory,
+        "features": feature_bytes(recipe, job.base, inputs),
         "gates": [verdict.as_dict() for verdict in verdicts],
         "allowed": [f"{v.gate.name}: {v}" for v in verdicts if v.state == "allowed"],
         "refused": refusals(verdicts),

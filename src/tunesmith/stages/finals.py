@@ -18,12 +18,13 @@ from tunesmith.data.records import Labelled
 from tunesmith.engine.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
 from tunesmith.engine.state import TrainState
 from tunesmith.errors import RunError
-from tunesmith.evaluate.likelihood import evaluating, token_batches
+from tunesmith.evaluate.likelihood import token_batches
 from tunesmith.model.folder import resolve
 from tunesmith.model.hashing import weights_hash
 from tunesmith.model.language import LanguageModel
 from tunesmith.model.lean import make_lean
 from tunesmith.model.load import load_tokenizer
+from tunesmith.model.packing import evaluating
 from tunesmith.model.score import ScoreModel
 from tunesmith.model.trainable import Trainable, make_trainable
 from tunesmith.recipe import Recipe, load_resolved

@@ -12,7 +12,8 @@ from tunesmith.plan.hardware import available_memory, choose_precision, matmul_r
 from tunesmith.plan.memory import MemoryPlan, plan_memory
 from tunesmith.plan.shapes import StepShape, step_shape
 from tunesmith.recipe import Recipe, Resolved
-from tunesmith.stages.job import Job, trainable_spec
+from tunesmith.stages.feature_cache import feature_bytes, stores_of
+from tunesmith.stages.job import Inputs, Job, trainable_spec
 from tunesmith.stages.load import Load, load_of
 from tunesmith.stages.prepare import STAGES, Say, base_path, make_inputs, read_sets, settled_device
 
@@ -55,16 +56,18 @@ def plan(resolved: Resolved, *, on: str | None, price: float | None, say: Say) -
     on_cpu = target is None and device == "cpu"
     runtime = peak_memory_bytes() + FAMILY_CODE if on_cpu else 0
     classes = 1 if recipe.stage == "reward" else max(2, len(inputs.label_names))
+    features = feature_bytes(recipe, base, inputs)
 
     def of(spec: TrainableSpec) -> tuple[StepShape, MemoryPlan]:
         shape = _shape(recipe, base, spec, load, bf16=bf16, classes=classes)
         return shape, plan_memory(
             shape, file_bytes=record["bytes"], runtime=runtime, optimizer=recipe.train.optimizer, on_cpu=on_cpu,
             first_use=_first_use(recipe, shape) if on_cpu else 0,
+            features=features if on_cpu and spec.method == "head" else 0,
         )  # fmt: skip
 
     shape, memory = of(trainable_spec(recipe, resolved.folder))
-    flops = _total_flops(shape, load)
+    flops = _total_flops(shape, load, recipe, inputs)
     rate = target.rate * REACHED if target else matmul_rate("bfloat16" if bf16 else "float32", size=1024) * REACHED
     room = target.memory if target else available_memory(device)
     return {
@@ -96,10 +99,11 @@ def peak_of(job: Job, file_bytes: int) -> dict[str, Any]:
     classes = 1 if recipe.stage == "reward" else max(2, len(job.inputs.label_names))
     shape = _shape(recipe, job.base, trainable_spec(recipe, job.folder), load, bf16=bf16, classes=classes)
     memory = plan_memory(
-        shape, file_bytes=file_bytes, runtime=0, optimizer=recipe.train.optimizer, on_cpu=job.device == "cpu"
-    )
+        shape, file_bytes=file_bytes, runtime=0, optimizer=recipe.train.optimizer, on_cpu=job.device == "cpu",
+        features=feature_bytes(recipe, job.base, job.inputs) if job.device == "cpu" else 0,
+    )  # fmt: skip
     room = available_memory(job.device) + memory.weights
-    flops = _total_flops(shape, load)
+    flops = _total_flops(shape, load, recipe, job.inputs)
     rate = matmul_rate("bfloat16" if bf16 else "float32", size=1024) * REACHED
     return {"peak": memory.peak, "room": room, "fits": memory.peak <= room, "seconds": flops / rate}
 
@@ -129,7 +133,12 @@ def _target(on: str | None) -> Device | None:
     return found
 
 
-def _total_flops(shape: StepShape, load: Load) -> float:
+def _total_flops(shape: StepShape, load: Load, recipe: Recipe, inputs: Inputs) -> float:
+    """Of all steps; with features that are kept, of one forward over each row and of the head's steps."""
+    if recipe.tune.cache_features:
+        rows = load.num_steps * load.tokens_per_step / max(1.0, float(inputs.train.lengths.mean()))
+        tokens = sum(store.num_tokens for store in stores_of(inputs))
+        return shape.forward_flops * tokens / max(1, load.num_tokens) + 6.0 * shape.trainable * rows
     share = load.num_steps * load.tokens_per_step / max(1, load.num_tokens)
     return float(shape.forward_flops + shape.backward_flops) * share
 
@@ -162,7 +171,7 @@ def _methods(recipe: Recipe, of: Any, room: int) -> list[dict[str, Any]]:
 
 
 def _devices(memory: MemoryPlan, flops: float) -> list[dict[str, Any]]:
-    needed = memory.peak - memory.runtime - memory.first_use
+    needed = memory.peak - memory.runtime - memory.first_use - memory.features
     rows = []
     for device in DEVICES:
         seconds = flops / (device.rate * REACHED)

@@ -18,10 +18,11 @@ from tunesmith.data.batches import collate
 from tunesmith.data.columns import WithColumns
 from tunesmith.data.store import SampleStore
 from tunesmith.errors import DataError
-from tunesmith.evaluate.likelihood import evaluating, token_batches
+from tunesmith.evaluate.likelihood import token_batches
 from tunesmith.evaluate.preference import Answers, Comparing, PreferenceResult, evaluate_preferences
 from tunesmith.model.hashing import backbone_hash
 from tunesmith.model.language import LanguageModel
+from tunesmith.model.packing import evaluating
 from tunesmith.stages.job import Job, Measured
 
 REFERENCE = "reference_logprobs"

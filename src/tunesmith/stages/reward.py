@@ -20,7 +20,8 @@ from tunesmith.data.records import read_records
 from tunesmith.data.store import SampleStore, build_store
 from tunesmith.engine.contracts import Stage
 from tunesmith.errors import DataError
-from tunesmith.evaluate.likelihood import Samples, evaluating, token_batches
+from tunesmith.evaluate.likelihood import Samples, token_batches
+from tunesmith.model.packing import evaluating
 from tunesmith.model.score import ScoreModel
 from tunesmith.objectives.reward import BradleyTerry
 from tunesmith.recipe_sections import RewardModelSpec

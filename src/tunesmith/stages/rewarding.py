@@ -16,8 +16,9 @@ from tunesmith.data.chat import encode_text, marks_of, render
 from tunesmith.data.kinds import Message
 from tunesmith.data.prompts import PromptSet
 from tunesmith.errors import RecipeError
-from tunesmith.evaluate.likelihood import evaluating, token_batches
+from tunesmith.evaluate.likelihood import token_batches
 from tunesmith.model.load import load_backbone, load_config, load_tokenizer
+from tunesmith.model.packing import evaluating
 from tunesmith.model.score import ScoreModel
 from tunesmith.recipe import Recipe
 from tunesmith.rollout import rules

@@ -27,10 +27,10 @@ from tunesmith.plan.hardware import environment, peak_memory_bytes
 from tunesmith.plan.page import page_lines
 from tunesmith.recipe import Recipe, Resolved, load_resolved
 from tunesmith.rundir import RunDir
-from tunesmith.stages import baselining, finals, forgetting, measuring, row_losses
+from tunesmith.stages import baselining, feature_cache, finals, forgetting, measuring, row_losses
 from tunesmith.stages.job import Built, Job, fit_spec, identity, warmup_note
 from tunesmith.stages.measuring import Moment
-from tunesmith.stages.prepare import STAGES, prepare
+from tunesmith.stages.prepare import STAGES, cache_folder, prepare
 
 Say = Callable[[str], None]
 Show = Callable[[StepReport], None]
@@ -91,6 +91,7 @@ def _build(job: Job, say: Say) -> Built:
     layout, why = str(model.layout.value), str(model.why)  # type: ignore[union-attr]
     if why:
         say(f"{job.recipe.base} runs {layout}, which is slower than packed: {why}")
+    built = feature_cache.kept(built, job, cache_folder())
     return forgetting.guarded(row_losses.watched(built, job), job)
 
 
