@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tunesmith.data.chat import turn_end
 from tunesmith.errors import ModelError
+from tunesmith.model import soft_prompt
 from tunesmith.model.decoding import Decoder, UnreadableError, why_not
 from tunesmith.model.heads import language_head
 from tunesmith.model.lean import narrowed
@@ -125,6 +126,8 @@ class Sampler:
         softcap = getattr(config, "attn_logit_softcapping", None)
         self._pads = self.uses_cache and softcap is None  # a soft-capped row that sees nothing would be NaN
         self._max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        if self._max_positions is not None:
+            self._max_positions -= soft_prompt.num_virtual(language_model.backbone)
         self._pad_id: int = config.pad_token_id or 0
         self._turn_end = turn_end(tokenizer)
         self.why_slow: str | None = None if self.uses_cache else "its cache cannot be padded"

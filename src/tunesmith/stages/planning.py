@@ -12,7 +12,7 @@ from tunesmith.plan.hardware import available_memory, choose_precision, matmul_r
 from tunesmith.plan.memory import MemoryPlan, plan_memory
 from tunesmith.plan.shapes import StepShape, step_shape
 from tunesmith.recipe import Recipe, Resolved
-from tunesmith.stages.job import Job, trainable_spec
+from tunesmith.stages.job import Job, text_tokens, trainable_spec
 from tunesmith.stages.load import Load, load_of
 from tunesmith.stages.prepare import STAGES, Say, base_path, make_inputs, read_sets, settled_device
 
@@ -47,7 +47,7 @@ def plan(resolved: Resolved, *, on: str | None, price: float | None, say: Say) -
         recipe,
         read_sets(recipe, resolved.folder),
         tokenizer,
-        record["context_tokens"],
+        text_tokens(recipe, record),
         folder=resolved.folder,
         say=_quiet,
     )
