@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 from tests.cli.test_exit import comparable, same_run
 from tests.cli.test_resume import start_and_cut
@@ -43,3 +44,14 @@ def test_a_limit_leaves_room_for_virtual_tokens_and_an_encoder_is_refused(write,
     assert long.code == 2 and "takes 252 tokens beside 4 virtual ones" in long.err
     encoder = run("train", write("mlm", tune=tune("PROMPT_TUNING")))
     assert encoder.code == 2 and "BertForMaskedLM is an encoder" in encoder.err
+
+
+def test_a_stage_behind_one_is_refused_before_the_first_step(work, run):
+    soft = {"method": "peft", "peft": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}}
+    stages = [
+        {"stage": "pretrain", "data": {"train": "texts.jsonl"}, "tune": soft},
+        {"stage": "sft", "data": {"train": "pairs.jsonl"}},
+    ]
+    (work / "chain.yaml").write_text(yaml.safe_dump({"base": "llama", "stages": stages}))
+    done = run("check", "chain.yaml")
+    assert done.code == 2 and "stage sft starts from pretrain, whose soft prompt cannot be merged" in done.err

@@ -253,7 +253,7 @@ REFUSED = {
     "projection": (tiny_causal, spec("PREFIX_TUNING", prefix_projection=True), "prefix_projection is not supported"),
     "another width": (tiny_causal, spec("PROMPT_TUNING", token_dim=31), "token_dim is 31, and this base has 32"),
     "train_also": (tiny_causal, replace(spec("PROMPT_TUNING"), train_also=("head",)), "leave it out"),
-    "p-tuning": (tiny_causal, spec("P_TUNING"), "PROMPT_TUNING"),
+    "p-tuning": (tiny_causal, spec("P_TUNING"), "P_TUNING is not supported: use PROMPT"),
 }
 
 

@@ -49,6 +49,8 @@ def make_config(options: Mapping[str, Any]) -> Any:
 
     rest = dict(options)
     kind = str(rest.pop("peft_type", "")).upper()
+    if kind.endswith(("P_TUNING", "PROMPT_TUNING")) and kind not in methods():
+        raise ModelError(f"tune.peft.peft_type {kind} is not supported: use PROMPT_TUNING or PREFIX_TUNING")
     if kind not in methods():
         raise ModelError(f"tune.peft.peft_type {kind or 'is missing'!r}: choose one of {', '.join(methods())}")
     cls = next(c for k, c in PEFT_TYPE_TO_CONFIG_MAPPING.items() if k.value == kind)

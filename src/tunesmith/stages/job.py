@@ -219,10 +219,14 @@ def trainable_spec(recipe: Recipe, folder: Path) -> TrainableSpec:
 
 def virtual_tokens(recipe: Recipe) -> int:
     """Positions that the recipe's soft prompt takes from every text; 0 without one."""
-    options = (recipe.tune.peft or {}) if recipe.tune.method == "peft" else {}
-    number = options.get("num_virtual_tokens")
-    is_soft = str(options.get("peft_type", "")).upper() in soft_prompt.KINDS
-    return number if is_soft and isinstance(number, int) else 0
+    number = (recipe.tune.peft or {}).get("num_virtual_tokens")
+    return number if has_soft_prompt(recipe) and isinstance(number, int) else 0
+
+
+def has_soft_prompt(recipe: Recipe) -> bool:
+    """True for prompt and prefix tuning, which cannot be merged into a base for a next run."""
+    kind = str((recipe.tune.peft or {}).get("peft_type", "")).upper()
+    return recipe.tune.method == "peft" and kind in soft_prompt.KINDS
 
 
 def text_tokens(recipe: Recipe, record: Mapping[str, Any]) -> int | None:
