@@ -54,4 +54,4 @@ def test_a_stage_behind_one_is_refused_before_the_first_step(work, run):
     ]
     (work / "chain.yaml").write_text(yaml.safe_dump({"base": "llama", "stages": stages}))
     done = run("check", "chain.yaml")
-    assert done.code == 2 and "stage sft starts from pretrain, whose soft prompt cannot be merged" in done.err
+    assert done.code == 2 and "stage 2-sft starts from 1-pretrain, whose soft prompt cannot be merged" in done.err
