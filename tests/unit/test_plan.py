@@ -59,6 +59,19 @@ def test_bytes_of_a_step_are_those_of_a_real_one(tmp_path, family, method, monke
         assert 0 < found.kept_bytes < found.step_bytes
 
 
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING"])
+def test_bytes_and_operations_behind_a_soft_prompt(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(shapes, "_update", lambda model, memory: None)
+    base = str(save_tiny(tiny_causal("llama"), tmp_path / "base"))
+    spec = TrainableSpec("peft", peft={"peft_type": kind, "num_virtual_tokens": 4})
+    real, targets = really_held(base, "causal", spec, bf16=False)
+    found = shapes.step_shape(base, "causal", spec, LENGTHS, targets, bf16=False, adam=False)
+    assert found.step_bytes == pytest.approx(real, rel=0.06)
+    longer = shapes.step_shape(base, "causal", SPECS["lora"], [n + 4 for n in LENGTHS], targets, bf16=False)
+    frozen = found.forward_flops / longer.forward_flops
+    assert 0.8 < frozen <= 1.0, "virtual tokens are computed like others; a LoRA's own products come on top"
+
+
 def test_weights_at_rest_are_those_that_training_holds(tmp_path):
     base = save_tiny(tiny_causal("llama"), tmp_path / "base")
     backbone = load_backbone(base, "causal")

@@ -18,7 +18,7 @@ from tunesmith.data.chat import turn_end
 from tunesmith.engine.durable import disk_errors, fsync_folder, make_folder, publish, remove_folder
 from tunesmith.errors import ModelError
 from tunesmith.export.verify import Agreement, agree, logits_of, probe_ids
-from tunesmith.model import adapters, lora, peft_methods, quantize
+from tunesmith.model import adapters, lora, peft_methods, quantize, soft_prompt
 from tunesmith.model.folder import explained, quiet
 from tunesmith.model.load import stored_dtype
 
@@ -165,7 +165,7 @@ def _main_dtype(backbone: Any) -> torch.dtype:
 
 def merged_model(backbone: Any, dtype: torch.dtype) -> Any:
     """The base's own class without adapters, updates added in; a new model, `backbone` is not touched."""
-    if getattr(backbone, "peft_config", None) is not None:
+    if getattr(backbone, "peft_config", None) is not None or soft_prompt.held_by(backbone) is not None:
         backbone = copy.deepcopy(backbone)
         peft_methods.merge(backbone)
     state = _merged_state(backbone, dtype)

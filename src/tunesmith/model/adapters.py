@@ -168,9 +168,10 @@ def adapter_tensors(backbone: Any) -> dict[str, Tensor]:
         found[f"{PREFIX}{name}.lora_A.weight"], found[f"{PREFIX}{name}.lora_B.weight"] = a, b
         if layer.lora_magnitude_vector is not None:
             found[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector
+    prefix = PREFIX if adapter.config is None else peft_methods.file_prefix(adapter.config.peft_type)
     for module in adapter.modules:
         for name, parameter in backbone.get_submodule(module).named_parameters():
-            found[f"{PREFIX}{module}.{name}"] = parameter
+            found[f"{prefix}{module}.{name}"] = parameter
     return {key: value.detach().cpu().contiguous().clone() for key, value in found.items()}
 
 
@@ -183,7 +184,7 @@ def save_adapter(backbone: Any, folder: Path | str, base_name: str) -> Path:
         raise ModelError(f"the adapter holds NaN or infinity in {', '.join(bad[:5])}: nothing was written")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = _lora_config(backbone) if adapter.config is None else peft_methods.config_dict(adapter.config)
+    config = _lora_config(backbone) if adapter.config is None else peft_methods.config_dict(adapter.config, base_name)
     config |= {
         "base_model_name_or_path": base_name,
         "task_type": _task(backbone),
@@ -295,7 +296,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
         raise ModelError(f"{folder}: the adapter holds NaN or infinity in {', '.join(bad[:5])}")
-    clean = {k.removeprefix(PREFIX).replace(".modules_to_save.", "."): v for k, v in tensors.items()}
+    prefix = peft_methods.file_prefix(config["peft_type"])
+    clean = {k.removeprefix(prefix).replace(".modules_to_save.", "."): v for k, v in tensors.items()}
     return config, {k: v for k, v in clean.items() if ".original_module." not in k}
 
 

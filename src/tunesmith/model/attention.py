@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,27 @@ from transformers.masking_utils import sdpa_mask
 from tunesmith.ops import attend, packed_attention
 
 NAME = "tunesmith"
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """Keys and values of n virtual positions in every layer, and where these stand in a flat row of S segments.
+
+    `states [2 · layers, Hkv, n, d]`: layer l has its keys at 2l and its values at 2l + 1; `places [S n]`.
+    """
+
+    states: Tensor
+    places: Tensor
+
+    def placed(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """`key, value [1, Hkv, T, d]` with the layer's own in the virtual positions."""
+        return self._put(self.states[2 * layer], key), self._put(self.states[2 * layer + 1], value)
+
+    def _put(self, own: Tensor, every: Tensor) -> Tensor:
+        """`own [Hkv, n, d]` at the places before each segment of `every [1, Hkv, T, d]`."""
+        segments = len(self.places) // own.shape[1]
+        repeated = own[None, :, None].expand(1, -1, segments, -1, -1).flatten(2, 3)
+        return every.index_copy(2, self.places, repeated.to(every.dtype))
 
 
 def segment_attention(
@@ -25,8 +47,12 @@ def segment_attention(
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: `query [B, H, T, d]` -> `([B, T, H, d], None)`.
 
-    `segment_lengths` in `kwargs` says how one flat row divides; it comes from the model's own forward call.
+    `segment_lengths` in `kwargs` says how one flat row divides, and `prefix` holds trained keys and values of virtual
+    positions; both come from the model's own forward call.
     """
+    prefix = kwargs.get("prefix")
+    if prefix is not None:
+        key, value = prefix.placed(module.layer_idx, key, value)
     lengths = kwargs.get("segment_lengths")
     is_causal = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)

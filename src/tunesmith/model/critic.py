@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tunesmith.batch import Batch
 from tunesmith.errors import ModelError
+from tunesmith.model import soft_prompt
 from tunesmith.model.heads import score_head
 from tunesmith.model.packing import Layout, choose_layout, flat_hidden, layout_for, position_offset
 
@@ -64,7 +65,12 @@ def every_hidden(backbone: Any, batch: Batch, layout: Layout, *, offset: int) ->
     if layout_for(backbone, layout, batch) is Layout.PACKED:
         return flat_hidden(backbone, batch, causal=True, offset=offset)
     rows = batch.input_ids[batch.segments >= 0].split(list(batch.lengths))
-    return torch.cat([backbone.base_model(input_ids=row[None], use_cache=False)[0][0] for row in rows])
+    return torch.cat([_of_row(backbone, row) for row in rows])
+
+
+def _of_row(backbone: Any, row: Tensor) -> Tensor:
+    inputs, before = soft_prompt.row_inputs(backbone, row[None])
+    return backbone.base_model(**inputs, use_cache=False)[0][0, before:]
 
 
 def _placed(values: Tensor, batch: Batch) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunesmith.model import soft_prompt
 from tunesmith.model.heads import LanguageHead
 from tunesmith.model.lean import FrozenLinear, LeanRMSNorm, lean_norm
 from tunesmith.model.lora import LoraLinear, weight_matrix
@@ -261,6 +262,8 @@ def _probed(decoder: Decoder, probe: Sequence[Sequence[int]], device: Any) -> Te
 def _core(backbone: Any, head: LanguageHead) -> Any:
     """The part below the head, when all it has is what is read here."""
     core = backbone.base_model
+    if soft_prompt.active(backbone) is not None:
+        raise UnreadableError("a soft prompt stands before its tokens")
     if _children(core) != _CORE or not all(_children(layer) == _LAYER for layer in core.layers):
         raise UnreadableError(f"{type(core).__name__} is not built like a Llama")
     config = backbone.config.get_text_config()

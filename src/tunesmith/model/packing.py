@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.batch import Batch
-from tunesmith.model import attention
+from tunesmith.errors import ModelError
+from tunesmith.model import attention, soft_prompt
 from tunesmith.model.folder import quiet
 
 PROBE_LENGTHS = (5, 9, 3)
@@ -45,9 +46,12 @@ def position_offset(backbone: Any) -> int:
 
 
 def flat_hidden(backbone: Any, batch: Batch, *, causal: bool, offset: int) -> Tensor:
-    """Last hidden states of a flat row, `[T, D]`, each segment blind to the others."""
+    """Last hidden states of a flat row, `[T, D]`, each segment blind to the others and behind the soft prompt."""
     extra = {"use_cache": False} if causal else {}
     ids, positions, lengths = _rounded(batch) if batch.input_ids.device.type == "cpu" else _as_it_is(batch)
+    if soft_prompt.active(backbone) is not None:
+        inputs, real = soft_prompt.packed_inputs(backbone, ids, lengths)
+        return backbone.base_model(**inputs, **extra)[0][0, real[: batch.input_ids.shape[1]]]
     out = backbone.base_model(input_ids=ids, position_ids=positions + offset, segment_lengths=lengths, **extra)
     return out[0][0, : batch.input_ids.shape[1]]
 
@@ -90,19 +94,22 @@ def without_cache(backbone: Any) -> dict[str, bool]:
 def own_logits(backbone: Any, batch: Batch, layout: Layout) -> Tensor:
     """Logits of the family's own forward: `[T, V]` for language models, `[S, C]` for classifiers."""
     rows = batch.input_ids[batch.segments >= 0].split(list(batch.lengths))
-    options = without_cache(backbone)
-    if layout is Layout.ALONE:
-        return torch.cat([_squeeze(backbone(input_ids=row[None], **options).logits) for row in rows])
+    if layout is Layout.ALONE or soft_prompt.active(backbone) is not None:
+        return torch.cat([_of_row(backbone, row) for row in rows])
     pad_id = backbone.config.get_text_config().pad_token_id or 0
     input_ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad_id)
     sizes = torch.tensor(batch.lengths, device=input_ids.device)
     mask = torch.arange(input_ids.shape[1], device=input_ids.device)[None] < sizes[:, None]
-    logits = backbone(input_ids=input_ids, attention_mask=mask.long(), **options).logits
+    logits = backbone(input_ids=input_ids, attention_mask=mask.long(), **without_cache(backbone)).logits
     return logits[mask] if logits.dim() == 3 else logits
 
 
-def _squeeze(logits: Tensor) -> Tensor:
-    return logits[0] if logits.dim() == 3 else logits
+def _of_row(backbone: Any, row: Tensor) -> Tensor:
+    """Logits of the tokens of `row [T]`: `[T, V]`, or `[1, C]` of a classifier."""
+    inputs, before = soft_prompt.row_inputs(backbone, row[None])
+    with quiet():  # a classifier remarks that it sees no padding in embeddings
+        logits = backbone(**without_cache(backbone), **inputs).logits
+    return logits[0, before:] if logits.dim() == 3 else logits
 
 
 def probe_batch(backbone: Any) -> Batch:
@@ -172,6 +179,8 @@ def choose_layout(backbone: Any, packed_logits: Callable[[Batch], Tensor] | None
     """
     batch = probe_batch(backbone).to(backbone.device)
     original = backbone.config._attn_implementation
+    if soft_prompt.held_by(backbone) is not None:
+        return _packed_only(backbone, batch, packed_logits)
     with evaluating(backbone):
         alone = own_logits(backbone, batch, Layout.ALONE)
         why = "its output head has a structure not known here" if packed_logits is None else ""
@@ -186,6 +195,20 @@ def choose_layout(backbone: Any, packed_logits: Callable[[Batch], Tensor] | None
         except (ValueError, RuntimeError, IndexError):
             error = float("inf")
     return (Layout.PADDED if error <= _tolerance(alone) else Layout.ALONE), why
+
+
+def _packed_only(backbone: Any, batch: Batch, packed_logits: Callable[[Batch], Tensor] | None) -> tuple[Layout, str]:
+    """With a soft prompt a row is packed and equal to the family's own forward behind it, or refused."""
+    why = "its output head has a structure not known here"
+    with evaluating(backbone):
+        if packed_logits is not None:
+            try:
+                why = _packs(backbone, batch, own_logits(backbone, batch, Layout.ALONE), packed_logits)
+            except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError) as problem:
+                why = f"its own forward cannot run behind one ({type(problem).__name__})"
+    if why:
+        raise ModelError(f"{type(backbone).__name__} cannot have a soft prompt: {why}; use tune.method lora")
+    return Layout.PACKED, ""
 
 
 def _packs(backbone: Any, batch: Batch, alone: Tensor, packed_logits: Callable[[Batch], Tensor]) -> str:

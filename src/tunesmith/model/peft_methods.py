@@ -1,4 +1,7 @@
-"""PEFT's other methods (IA3, LoHa, LoKr, VeRA, OFT, ...), put in and taken out through PEFT itself."""
+"""PEFT's other methods (IA3, LoHa, LoKr, VeRA, OFT, ...), put in and taken out through PEFT itself.
+
+Prompt and prefix tuning stand in `model/soft_prompt.py`; of PEFT they have the configuration and the file alone.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.errors import ModelError
+from tunesmith.model import soft_prompt, soft_start
 from tunesmith.model.lora import place
 
 _NAME = "default"
@@ -29,12 +33,13 @@ def _peft() -> Any:
 
 
 def methods() -> list[str]:
-    """The peft_type names that can be put into a model layer by layer."""
+    """The peft_type names that can be put into a model: layer by layer, or as virtual tokens before every segment."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
     apart = {"ADAPTION_PROMPT", "SHADOW", "XLORA", "CPT", "CARTRIDGE", "POLY", "PVERA", "FROD"}
     known = [kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING if kind in PEFT_TYPE_TO_TUNER_MAPPING]
-    return sorted(k for k in known if k not in apart and not k.endswith(("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")))
+    layered = {k for k in known if k not in apart and not k.endswith(("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"))}
+    return sorted(layered | set(soft_prompt.KINDS))
 
 
 def make_config(options: Mapping[str, Any]) -> Any:
@@ -44,6 +49,8 @@ def make_config(options: Mapping[str, Any]) -> Any:
 
     rest = dict(options)
     kind = str(rest.pop("peft_type", "")).upper()
+    if kind.endswith(("P_TUNING", "PROMPT_TUNING")) and kind not in methods():
+        raise ModelError(f"tune.peft.peft_type {kind} is not supported: use PROMPT_TUNING or PREFIX_TUNING")
     if kind not in methods():
         raise ModelError(f"tune.peft.peft_type {kind or 'is missing'!r}: choose one of {', '.join(methods())}")
     cls = next(c for k, c in PEFT_TYPE_TO_CONFIG_MAPPING.items() if k.value == kind)
@@ -67,13 +74,18 @@ def read_config(folder: Path) -> Any:
             raise ModelError(f"{folder}: PEFT cannot read this adapter: {error}") from error
     kind = _value(config.peft_type)
     if kind not in methods():
-        raise ModelError(f"{folder}: {kind} adapters cannot be put into a model layer by layer; see {methods()}")
-    config.modules_to_save, config.inference_mode = None, False
+        raise ModelError(f"{folder}: {kind} adapters are not supported; these are: {', '.join(methods())}")
+    if kind == "PREFIX_TUNING":
+        config.prefix_projection = False  # the file holds what the projection gave
+    config.modules_to_save, config.inference_mode = None, kind in soft_prompt.KINDS
     return config
 
 
 def inject(backbone: Any, config: Any, *, seed: int = 0) -> None:
     """Put the method's layers in, in place, initialised from `seed` without touching the global random state."""
+    if _value(config.peft_type) in soft_prompt.KINDS:
+        soft_start.put_in(backbone, config, seed=seed)
+        return
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
@@ -89,6 +101,11 @@ def inject(backbone: Any, config: Any, *, seed: int = 0) -> None:
 
 def _value(kind: Any) -> str:
     return str(getattr(kind, "value", kind))
+
+
+def file_prefix(kind: Any) -> str:
+    """What PEFT writes before the names of modules kept whole: it does not wrap a base twice for a soft prompt."""
+    return "base_model." if _value(kind) in soft_prompt.KINDS else _PREFIX
 
 
 def _carrier(backbone: Any) -> Any:
@@ -111,6 +128,8 @@ def _layers(backbone: nn.Module) -> dict[str, Any]:
 
 def tensors(backbone: Any) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's full names."""
+    if (soft := soft_prompt.held_by(backbone)) is not None:
+        return {soft_prompt.TENSOR: soft.prompt_embeddings}
     from peft import get_peft_model_state_dict
 
     with warnings.catch_warnings():
@@ -121,6 +140,9 @@ def tensors(backbone: Any) -> dict[str, Tensor]:
 
 def load_tensors(backbone: Any, values: Mapping[str, Tensor]) -> None:
     """Fill the layers put in by `inject`. Raises ModelError when the file holds what they do not have."""
+    if soft_prompt.held_by(backbone) is not None:
+        soft_prompt.load_values(backbone, values)
+        return
     from peft import set_peft_model_state_dict
 
     try:
@@ -132,9 +154,10 @@ def load_tensors(backbone: Any, values: Mapping[str, Tensor]) -> None:
         raise ModelError(f"this adapter holds tensors that its layers do not have: {result.unexpected_keys[:5]}")
 
 
-def config_dict(config: Any) -> dict[str, Any]:
-    """The configuration as JSON can hold it."""
-    return {key: _plain(value) for key, value in config.to_dict().items()}
+def config_dict(config: Any, base_name: str) -> dict[str, Any]:
+    """The configuration as JSON can hold it; a tokenizer that it names is the base's, wherever that lay."""
+    found = {key: _plain(value) for key, value in config.to_dict().items()}
+    return found | ({"tokenizer_name_or_path": base_name} if found.get("tokenizer_name_or_path") else {})
 
 
 def _plain(value: Any) -> Any:
@@ -148,7 +171,10 @@ def _plain(value: Any) -> Any:
 
 
 def remove(backbone: Any) -> None:
-    """Take PEFT's layers out again."""
+    """Take PEFT's layers, or the soft prompt, out again."""
+    if soft_prompt.held_by(backbone) is not None:
+        delattr(backbone, soft_prompt.PLACE)
+        return
     for name, layer in _layers(backbone).items():
         place(backbone, name, layer.get_base_layer())
     _forget(backbone)
@@ -161,6 +187,11 @@ def _forget(backbone: Any) -> None:
 
 def merge(backbone: Any) -> None:
     """Merge PEFT's layers into their base layers and take them out. Raises ModelError where the method cannot merge."""
+    if soft_prompt.held_by(backbone) is not None:
+        raise ModelError(
+            "a soft prompt cannot be merged: it stands before every text, not in the base's weights. Export it as an "
+            "adapter (--format adapter)"
+        )
     try:
         for name, layer in _layers(backbone).items():
             layer.merge(safe_merge=True)
@@ -172,14 +203,18 @@ def merge(backbone: Any) -> None:
 
 @contextmanager
 def switched_off(backbone: nn.Module) -> Iterator[None]:
-    """PEFT's layers pass their base's output through for a while."""
-    layers = list(_layers(backbone).values())
+    """PEFT's layers pass their base's output through for a while; a soft prompt is not there."""
+    layers, soft = list(_layers(backbone).values()), soft_prompt.held_by(backbone)
     grads = {id(p): p.requires_grad for p in backbone.parameters()}
     try:
         for layer in layers:
             layer.enable_adapters(False)
+        if soft is not None:
+            soft.enabled = False
         yield
     finally:
+        if soft is not None:
+            soft.enabled = True
         for layer in layers:
             layer.enable_adapters(True)
         for parameter in backbone.parameters():

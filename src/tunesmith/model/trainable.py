@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import nn
 
 from tunesmith.errors import ModelError, several
-from tunesmith.model import adapters, lora, quantize
+from tunesmith.model import adapters, lora, quantize, soft_prompt
 
 METHODS = ("full", "last_layers", "head", "lora", "bias", "peft")
 ALL_LINEAR = "all-linear"
@@ -298,6 +298,7 @@ def _add_adapter(backbone: Any, spec: TrainableSpec, also: list[str]) -> set[str
         return adapters.load_adapter(backbone, Path(spec.adapter)).free(backbone)
     also += [name for name in head_modules(backbone) if name not in also] if is_classifier(backbone) else []
     if spec.method == "peft":
+        _refuse_beside_soft_prompt(spec)
         return adapters.add_peft(backbone, _peft_options(backbone, spec), seed=spec.seed, also=also).free(backbone)
     targets = find_targets(backbone, spec.targets)
     clash = [name for name in targets if any(_inside(name, module) for module in also)]
@@ -317,10 +318,22 @@ def _add_adapter(backbone: Any, spec: TrainableSpec, also: list[str]) -> set[str
     )
 
 
+def _refuse_beside_soft_prompt(spec: TrainableSpec) -> None:
+    kind = str((spec.peft or {}).get("peft_type", "")).upper()
+    if kind in soft_prompt.KINDS and spec.train_also:
+        raise ModelError(
+            f"tune.train_also does not go with {kind}, which trains its virtual tokens alone: leave it out"
+        )
+
+
 def _peft_options(backbone: Any, spec: TrainableSpec) -> dict[str, Any]:
     """The method's configuration with its targets in full, so that a head that learns is not wrapped as well."""
     options = dict(spec.peft or {})
     kind = str(options.get("peft_type", "")).upper()
+    if kind in soft_prompt.KINDS:
+        if options.get("prompt_tuning_init") == "TEXT":
+            options.setdefault("tokenizer_name_or_path", backbone.name_or_path or "the base")
+        return options
     if kind in ("LN_TUNING", "TRAINABLE_TOKENS") or (kind == "IA3" and not options.get("target_modules")):
         return options
     wanted = options.get("target_modules") or spec.targets

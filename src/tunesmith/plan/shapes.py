@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from tunesmith.model import attention
+from tunesmith.model import attention, soft_prompt
 from tunesmith.model.heads import language_head, pool, score_head
 from tunesmith.model.lean import make_lean
 from tunesmith.model.load import load_empty
@@ -62,7 +62,8 @@ def step_shape(
     model.train()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = num_parameters(model)
-    forward, backward = _flops(model, sum(lengths), num_targets, _head(model, kind))
+    num_tokens = sum(lengths) + soft_prompt.num_virtual(model) * len(lengths)
+    forward, backward = _flops(model, num_tokens, num_targets, _head(model, kind))
     make_lean(model, torch.bfloat16 if bf16 else torch.float32)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _dress(model, mode)

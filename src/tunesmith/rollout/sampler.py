@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tunesmith.data.chat import turn_end
 from tunesmith.errors import ModelError
+from tunesmith.model import soft_prompt
 from tunesmith.model.decoding import Decoder, UnreadableError, why_not
 from tunesmith.model.heads import language_head
 from tunesmith.model.lean import narrowed
@@ -124,8 +125,7 @@ class Sampler:
         self.uses_cache: bool = cache_name(language_model.backbone) is not None
         softcap = getattr(config, "attn_logit_softcapping", None)
         self._pads = self.uses_cache and softcap is None  # a soft-capped row that sees nothing would be NaN
-        longest = int(getattr(config, "max_position_embeddings", None) or 0)
-        self._max_positions: int | None = longest if longest > 0 else None  # XLNet says -1: there is no end
+        self._max_positions = soft_prompt.context_tokens(language_model.backbone)
         self._pad_id: int = config.pad_token_id or 0
         self._turn_end = turn_end(tokenizer)
         self.why_slow: str | None = None if self.uses_cache else "its cache cannot be padded"

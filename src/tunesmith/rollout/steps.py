@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-CACHE_NAMES = ("cache", "past_key_values")
-"""What transformers calls the KV cache, newest name first."""
+from tunesmith.model import soft_prompt
+from tunesmith.model.soft_prompt import CACHE_NAMES
+
 ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Layers whose cache can be padded on the left and thinned by rows; recurrent ones cannot."""
 
@@ -56,7 +57,7 @@ class FamilySteps:
         """See `Steps`."""
         self._ids, self._real, self._cache = ids, real, None
         logits = self._forward()
-        self._ids, self._real, logits = (t.repeat_interleave(num, 0) for t in (ids, real, logits))
+        self._ids, self._real, logits = (t.repeat_interleave(num, 0) for t in (ids, self._real, logits))
         if self._cache is not None and num > 1:
             self._cache.batch_repeat_interleave(num)
         return logits
@@ -74,16 +75,19 @@ class FamilySteps:
             self._cache.batch_select_indices(rows)
 
     def _forward(self) -> Tensor:
-        model, ids, real = self._model, self._ids, self._real
+        model, ids = self._model, self._ids
         with torch.autocast(ids.device.type, model.compute, enabled=model.compute != torch.float32):
             if self._name is None:
-                return model.backbone(input_ids=ids, use_cache=False, **self._keep).logits[:, -1].float()
-            places = (real.cumsum(1) - 1).clamp_min(0)
-            if self._cache is not None:
-                ids, places = ids[:, -1:], places[:, -1:]
-            named = {self._name: self._cache, **self._keep}
+                inputs, _ = soft_prompt.row_inputs(model.backbone, ids)
+                return model.backbone(**inputs, use_cache=False, **self._keep).logits[:, -1].float()
+            if self._cache is None:
+                inputs, self._real = soft_prompt.padded_inputs(model.backbone, ids, self._real)
+            else:
+                inputs = {"input_ids": ids[:, -1:], self._name: self._cache}
+            width = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"].shape[1]
+            places = (self._real.cumsum(1) - 1).clamp_min(0)[:, -width:]
             out = model.backbone(
-                input_ids=ids, attention_mask=real, position_ids=places, use_cache=True, **named
+                **inputs, **self._keep, attention_mask=self._real, position_ids=places, use_cache=True
             )  # fmt: skip
         self._cache = out[self._name]
         return out.logits[:, -1].float()

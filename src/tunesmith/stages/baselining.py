@@ -31,6 +31,7 @@ from tunesmith.evaluate.prompting import LabelPrompt, prompt_tokens, score_label
 from tunesmith.evaluate.tasks import CLASS_METRICS
 from tunesmith.model.language import LanguageModel
 from tunesmith.model.load import is_encoder, load_backbone
+from tunesmith.model.soft_prompt import context_tokens
 from tunesmith.recipe_rules import BASELINES, CHEAP_BASELINES
 from tunesmith.rundir import RunDir
 from tunesmith.stages.job import Built, Job, Measured
@@ -286,9 +287,7 @@ def _examples(job: Job, shots: int) -> list[tuple[list[int], int]]:
 
 def context_of(model: Any) -> int:
     """Tokens that the model reads at most."""
-    config = model.backbone.config.get_text_config()
-    named = (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions"))
-    return next((int(value) for value in named if isinstance(value, int) and value > 0), 512)
+    return context_tokens(model.backbone) or 512
 
 
 def _by_label_features(built: Built, job: Job, words: Sequence[str]) -> dict[str, Classes]:

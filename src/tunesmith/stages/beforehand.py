@@ -18,7 +18,7 @@ from tunesmith.plan.hardware import available_memory
 from tunesmith.plan.preflight import Verdict, found_values, judge, judged_text, refusals, scan_values
 from tunesmith.recipe import Recipe
 from tunesmith.stages.feature_cache import feature_bytes
-from tunesmith.stages.job import Inputs, Job
+from tunesmith.stages.job import Inputs, Job, text_tokens
 from tunesmith.stages.load import load_of
 
 HEADLINE = "this data would give a pointless or misleading run:"
@@ -48,7 +48,7 @@ def look(job: Job, sets: Any, base: Mapping[str, Any]) -> dict[str, Any]:
         "balance": _balance(inputs),
         "lengths": found.quantiles,
         "limits": found.limits(),
-        "max_length": recipe.data.max_length or base["context_tokens"] or int(inputs.train.lengths.max()),
+        "max_length": recipe.data.max_length or text_tokens(recipe, base) or int(inputs.train.lengths.max()),
         "cut": {name: count for name, count in sorted(inputs.train.tally.items()) if count},
         "duplicates": {
             "exact": _count(inputs.findings, "duplicates"), "folded": _count(inputs.findings, "near_duplicates"),

@@ -28,6 +28,7 @@ from tunesmith.recipe_chain import Chain, ChainStage, load_saved
 from tunesmith.rundir import RunDir, model_run
 from tunesmith.stages import checking, from_run, running
 from tunesmith.stages.earlier import measure_earlier
+from tunesmith.stages.job import has_soft_prompt
 from tunesmith.stages.prepare import ONLINE, STAGES, base_path, locate, prepare, read_sets
 
 Say = Callable[[str], None]
@@ -67,6 +68,10 @@ def check(chain: Chain, *, say: Say, whole: bool = True) -> dict[str, dict[str, 
     found: dict[str, dict[str, Any]] = {}
     for stage in chain.stages:
         recipe = stage.resolved.recipe
+        if stage.parent is not None and has_soft_prompt(chain.stages[stage.parent].resolved.recipe):
+            parent = chain.stages[stage.parent].name
+            problems.append(f"stage {stage.name} starts from {parent}, whose soft prompt cannot be merged into a base; "
+                            "tune that stage by lora, or give this one a `base`")  # fmt: skip
         try:
             job, base = prepare(recipe, chain.folder, say=lambda text: None)
             if recipe.stage in ONLINE and not stage.rewards:

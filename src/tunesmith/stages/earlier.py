@@ -12,7 +12,7 @@ from tunesmith.recipe import load_resolved
 from tunesmith.recipe_chain import GIVES
 from tunesmith.rundir import RunDir
 from tunesmith.stages.finals import Tuned, open_tuned
-from tunesmith.stages.job import Inputs, Job
+from tunesmith.stages.job import Inputs, Job, text_tokens
 from tunesmith.stages.prepare import STAGES, cache_folder, make_encoder, read_sets
 from tunesmith.stages.using import settled
 
@@ -56,7 +56,7 @@ def _measure(tuned: Tuned, task: RunDir, device: str, precision: str) -> dict[st
     if held_out is None:
         return None
     labels = tuple(inputs["labels"])
-    context = base_record(tuned.base, trust=recipe.trust_remote_code)["context_tokens"]
+    context = text_tokens(tuned.recipe, base_record(tuned.base, trust=recipe.trust_remote_code))
     store = build_store(held_out, make_encoder(recipe, tuned.tokenizer, labels, context), cache_folder())
     given = Inputs(store, store, None, label_names=labels)
     job = Job(recipe, tuned.tokenizer, given, tuned.backbone, tuned.trainable, device, precision)

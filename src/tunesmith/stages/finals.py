@@ -26,6 +26,7 @@ from tunesmith.model.lean import make_lean
 from tunesmith.model.load import load_tokenizer
 from tunesmith.model.packing import evaluating
 from tunesmith.model.score import ScoreModel
+from tunesmith.model.soft_prompt import context_tokens
 from tunesmith.model.trainable import Trainable, make_trainable
 from tunesmith.recipe import Recipe, load_resolved
 from tunesmith.rundir import RunDir
@@ -154,8 +155,7 @@ def label_sentences(job: Job, model: nn.Module) -> list[dict[str, Any]]:
 
 def longest_of(recipe: Recipe, backbone: Any) -> int:
     """Tokens a text may have: what the recipe says, else what the model takes."""
-    config = backbone.config.get_text_config()
-    return recipe.data.max_length or int(getattr(config, "max_position_embeddings", None) or 512)
+    return recipe.data.max_length or context_tokens(backbone) or 512
 
 
 def classify_texts(

@@ -23,6 +23,7 @@ from tunesmith.engine.metrics import MetricsLog
 from tunesmith.engine.optim import OptimSpec, rate_at
 from tunesmith.evaluate.generate import GenerationResult
 from tunesmith.evaluate.intervals import Estimate, Statistic
+from tunesmith.model import soft_prompt
 from tunesmith.model.language import LanguageModel
 from tunesmith.model.trainable import Trainable, TrainableSpec
 from tunesmith.recipe import Recipe
@@ -214,6 +215,24 @@ def trainable_spec(recipe: Recipe, folder: Path) -> TrainableSpec:
         seed=recipe.seed,
         **{name: value for name, value in given.items() if value is not None},
     )
+
+
+def virtual_tokens(recipe: Recipe) -> int:
+    """Positions that the recipe's soft prompt takes from every text; 0 without one."""
+    number = (recipe.tune.peft or {}).get("num_virtual_tokens")
+    return number if has_soft_prompt(recipe) and isinstance(number, int) else 0
+
+
+def has_soft_prompt(recipe: Recipe) -> bool:
+    """True for prompt and prefix tuning, which cannot be merged into a base for a next run."""
+    kind = str((recipe.tune.peft or {}).get("peft_type", "")).upper()
+    return recipe.tune.method == "peft" and kind in soft_prompt.KINDS
+
+
+def text_tokens(recipe: Recipe, record: Mapping[str, Any]) -> int | None:
+    """Tokens that a text may have beside the recipe's soft prompt, of a base's record; None where it names no limit."""
+    context = record["context_tokens"]
+    return None if context is None else max(0, int(context) - virtual_tokens(recipe))
 
 
 def _beside(folder: Path, name: str) -> Path:

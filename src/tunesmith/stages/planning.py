@@ -13,7 +13,7 @@ from tunesmith.plan.memory import MemoryPlan, plan_memory
 from tunesmith.plan.shapes import StepShape, step_shape
 from tunesmith.recipe import Recipe, Resolved
 from tunesmith.stages.feature_cache import feature_bytes, stores_of
-from tunesmith.stages.job import Inputs, Job, trainable_spec
+from tunesmith.stages.job import Inputs, Job, text_tokens, trainable_spec
 from tunesmith.stages.load import Load, load_of
 from tunesmith.stages.prepare import STAGES, Say, base_path, make_inputs, read_sets, settled_device
 
@@ -48,7 +48,7 @@ def plan(resolved: Resolved, *, on: str | None, price: float | None, say: Say) -
         recipe,
         read_sets(recipe, resolved.folder),
         tokenizer,
-        record["context_tokens"],
+        text_tokens(recipe, record),
         folder=resolved.folder,
         say=_quiet,
     )

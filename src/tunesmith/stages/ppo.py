@@ -23,6 +23,7 @@ from tunesmith.data.store import SampleStore, build_store
 from tunesmith.errors import ModelError
 from tunesmith.model.critic import Critic, ValueHead
 from tunesmith.model.load import load_backbone, load_tokenizer
+from tunesmith.model.soft_prompt import context_tokens
 from tunesmith.model.trainable import make_trainable
 from tunesmith.objectives.advantages import adapted_kl_coef, explained_variance, gae, penalised_rewards, whiten
 from tunesmith.objectives.ppo import Ppo
@@ -128,8 +129,8 @@ def _text_mix(job: Job, spec: PpoSpec) -> Mix | None:
     assert spec.ptx_data is not None, "the recipe is checked"
     from tunesmith.stages.prepare import cache_folder, locate
 
-    context = getattr(job.backbone.config.get_text_config(), "max_position_embeddings", None) or 512
-    encoder = Encoder(job.tokenizer, "pretrain", min(int(context), 512), "split")
+    context = context_tokens(job.backbone) or 512
+    encoder = Encoder(job.tokenizer, "pretrain", min(context, 512), "split")
     store = build_store(read_records(locate(spec.ptx_data, job.folder), stage="pretrain"), encoder, cache_folder(),
                         say=job.say)  # fmt: skip
     return text_mix(store, job.recipe.seed, spec)

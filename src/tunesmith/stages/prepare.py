@@ -28,7 +28,7 @@ from tunesmith.model.trainable import experts_note, make_trainable
 from tunesmith.plan.hardware import choose_device, choose_precision
 from tunesmith.recipe import Recipe
 from tunesmith.stages import beforehand, classify, dpo, grpo, mlm, ppo, pretrain, reward, sft
-from tunesmith.stages.job import Inputs, Job, trainable_spec
+from tunesmith.stages.job import Inputs, Job, text_tokens, trainable_spec, virtual_tokens
 from tunesmith.stages.load import NOTHING
 from tunesmith.stages.probes import Reader
 
@@ -227,7 +227,10 @@ def make_encoder(recipe: Recipe, tokenizer: Any, labels: tuple[str, ...], contex
     data = recipe.data
     longest = data.max_length or context_tokens or 1024
     if context_tokens is not None and longest > context_tokens:
-        raise RecipeError(f"data.max_length is {longest}, and {recipe.base} takes {context_tokens} tokens; lower it")
+        beside = f" beside {virtual} virtual ones" if (virtual := virtual_tokens(recipe)) else ""
+        raise RecipeError(
+            f"data.max_length is {longest}, and {recipe.base} takes {context_tokens} tokens{beside}; lower it"
+        )
     return Encoder(
         tokenizer, recipe.stage, longest, data.on_too_long,
         mask_prompt=not data.train_on_prompt, label_names=labels, multi_label=data.multi_label,
@@ -322,7 +325,7 @@ def prepare(
     tokenizer = load_tokenizer(base, trust=recipe.trust_remote_code)
     sets = read_sets(recipe, folder)
     say(f"data: {sets.train.describe()}")
-    inputs = make_inputs(recipe, sets, tokenizer, record["context_tokens"], folder=folder, say=say)
+    inputs = make_inputs(recipe, sets, tokenizer, text_tokens(recipe, record), folder=folder, say=say)
     page = None
     if not goes_on:
         draft = Job(recipe, tokenizer, inputs, None, NOTHING, device, precision, base, folder)
@@ -339,10 +342,8 @@ def prepare(
     if trainable.trainable == 0:
         raise RecipeError("nothing would train: no parameter requires a gradient; look at `tune`")
     say(trainable.describe())
-    if note := experts_note(backbone):
-        say(note)
-        inputs = replace(inputs, notes=(*inputs.notes, note))
-    if recipe.stage == "mlm" and (note := mlm.head_note(recipe.base, backbone, trainable.names)):
+    head_note = mlm.head_note(recipe.base, backbone, trainable.names) if recipe.stage == "mlm" else ""
+    for note in filter(None, (experts_note(backbone), head_note)):
         say(note)
         inputs = replace(inputs, notes=(*inputs.notes, note))
     if recipe.train.checkpoint_activations:

@@ -23,6 +23,7 @@ from tunesmith.errors import DataError
 from tunesmith.evaluate.likelihood import Samples, token_batches
 from tunesmith.model.packing import evaluating
 from tunesmith.model.score import ScoreModel
+from tunesmith.model.soft_prompt import context_tokens
 from tunesmith.objectives.reward import BradleyTerry
 from tunesmith.recipe_sections import RewardModelSpec
 from tunesmith.stages.job import Built, Job, Measured, make_source
@@ -77,8 +78,8 @@ def _demonstrations(job: Job) -> Samples:
 
     path = locate(spec.demonstrations, job.folder)
     records = read_records(path, stage="sft", template=data.asked_by(), on_bad_row=data.on_bad_row)
-    context = getattr(job.backbone.config.get_text_config(), "max_position_embeddings", None) or 1024
-    found = build_store(records, Encoder(job.tokenizer, "sft", data.max_length or int(context), "truncate_left"),
+    context = context_tokens(job.backbone) or 1024
+    found = build_store(records, Encoder(job.tokenizer, "sft", data.max_length or context, "truncate_left"),
                         cache_folder(), say=job.say)  # fmt: skip
     if len(found) == 0:
         raise DataError(f"reward_model.demonstrations: no row of {path} is left to calibrate on")

@@ -20,6 +20,7 @@ from tunesmith.evaluate.likelihood import token_batches
 from tunesmith.model.load import load_backbone, load_config, load_tokenizer
 from tunesmith.model.packing import evaluating
 from tunesmith.model.score import ScoreModel
+from tunesmith.model.soft_prompt import context_tokens
 from tunesmith.recipe import Recipe
 from tunesmith.rollout import rules
 from tunesmith.rollout.function import load_function, scored_by
@@ -131,7 +132,7 @@ def run_score(run: RunDir, *, label: str | None, device: str = "cpu", precision:
     if not isinstance(tuned.model, ScoreModel):
         raise RecipeError(f"reward.run: {run.path} is of stage {tuned.recipe.stage}, which gives no score; "
                           "name a run of stage reward or classify")  # fmt: skip
-    longest = tuned.recipe.data.max_length or _context(tuned.backbone.config)
+    longest = tuned.recipe.data.max_length or context_tokens(tuned.backbone) or 1 << 20
     if tuned.recipe.stage == "classify":
         return _labelled(tuned.model, tuned.tokenizer, tuned.label_names, longest, label, device)
     plain = tuned.template is not None

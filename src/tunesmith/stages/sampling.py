@@ -25,6 +25,7 @@ from tunesmith.recipe import Recipe, load_resolved
 from tunesmith.rollout.sampler import Sampler, stream_seed
 from tunesmith.stages import from_run
 from tunesmith.stages.finals import open_tuned, wrap
+from tunesmith.stages.job import text_tokens
 from tunesmith.stages.jsonl import append_row, whole_rows
 from tunesmith.stages.prepare import base_path
 from tunesmith.stages.using import find_run, settled
@@ -95,7 +96,7 @@ def open_speaker(target: str | Path) -> Speaker:
     if not isinstance(tuned.model, LanguageModel) or recipe.stage == "mlm":
         raise ModelError(f"{run.path} is a run of stage {recipe.stage}, whose model does not write text; name one of "
                          "pretrain, sft, dpo, ppo or grpo")  # fmt: skip
-    context = base_record(tuned.base, trust=recipe.trust_remote_code)["context_tokens"]
+    context = text_tokens(recipe, base_record(tuned.base, trust=recipe.trust_remote_code))
     found = from_run.content(run)
     return Speaker(str(target), found, tuned.model, tuned.tokenizer, recipe, tuned.template, run.path, context)
 

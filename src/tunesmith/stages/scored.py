@@ -12,6 +12,7 @@ from tunesmith.data.kinds import Chat, Pair, Prompt, Ranking, Record, output_tex
 from tunesmith.data.prompts import PromptSet, encode_prompts
 from tunesmith.evaluate.intervals import Statistic, mean_statistic
 from tunesmith.model.language import LanguageModel
+from tunesmith.model.soft_prompt import context_tokens
 from tunesmith.recipe_sections import GenerateSpec
 from tunesmith.rollout.collect import Collector, Sampling
 from tunesmith.rollout.sampler import Sampler
@@ -45,8 +46,7 @@ def reward_of_completions(job: Job, model: LanguageModel) -> Callable[[], Statis
 
 
 def _encoded(job: Job, records: list[Prompt]) -> PromptSet:
-    config = job.backbone.config.get_text_config()
-    longest = int(getattr(config, "max_position_embeddings", None) or 1 << 20) - 1
+    longest = (context_tokens(job.backbone) or 1 << 20) - 1
     return encode_prompts(
         records, job.tokenizer, max_tokens=longest, room=f"{job.recipe.base} takes {longest + 1} tokens",
         on_too_long="drop", fingerprint="held out",

@@ -27,7 +27,7 @@ from tunesmith.rollout.sampler import Sampler
 from tunesmith.rundir import RunDir, model_run, open_run
 from tunesmith.stages import finals, mlm
 from tunesmith.stages.finals import Tuned, classify_texts, longest_of, open_tuned
-from tunesmith.stages.job import Inputs, Job, Measured
+from tunesmith.stages.job import Inputs, Job, Measured, text_tokens
 from tunesmith.stages.prepare import (
     STAGES,
     Say,
@@ -62,7 +62,7 @@ def _measured(model: _Model, run: RunDir | None, records: Any, say: Say) -> tupl
     backbone = model.backbone if model.backbone is not None else load_model(model.recipe, model.base, labels)
     if run is None and model.recipe.stage == "mlm":
         mlm.head_note(model.base, backbone, ())
-    context = base_record(model.base, trust=model.recipe.trust_remote_code)["context_tokens"]
+    context = text_tokens(model.recipe, base_record(model.base, trust=model.recipe.trust_remote_code))
     encoder = make_encoder(model.recipe, model.tokenizer, labels, context)
     store = store_of(records, encoder, model.recipe, context, say=say)
     say(f"{records.describe()}: {len(store):,} samples")
