@@ -34,8 +34,8 @@ Say = Callable[[str], None]
 Show = Callable[[StepReport], None]
 REPLACED = "replaced"
 ADAPTERS = ("lora", "peft")
-_FILES = ("evaluate.probe", "ppo.ptx_data", "reward_model.demonstrations", "reward.function", "reward.model",
-          "reward.run", "tune.adapter")  # fmt: skip
+_FILES = ("evaluate.metrics", "evaluate.probe", "ppo.ptx_data", "reward_model.demonstrations", "reward.function",
+          "reward.model", "reward.run", "tune.adapter")  # fmt: skip
 """Keys beside `data` that name files whose content decides the result."""
 
 

@@ -30,6 +30,7 @@ from tunesmith.recipe import Recipe
 from tunesmith.stages import beforehand, classify, dpo, grpo, mlm, ppo, pretrain, reward, sft
 from tunesmith.stages.job import Inputs, Job, trainable_spec
 from tunesmith.stages.load import NOTHING
+from tunesmith.stages.own_metrics import own_metrics
 from tunesmith.stages.probes import Reader
 
 STAGES: dict[str, ModuleType] = {
@@ -322,6 +323,7 @@ def prepare(
     tokenizer = load_tokenizer(base, trust=recipe.trust_remote_code)
     sets = read_sets(recipe, folder)
     say(f"data: {sets.train.describe()}")
+    own = own_metrics(recipe.stage, recipe.evaluate.metrics, folder, (sets.eval, sets.test), beside=sets.train)
     inputs = make_inputs(recipe, sets, tokenizer, record["context_tokens"], folder=folder, say=say)
     page = None
     if not goes_on:
@@ -345,7 +347,7 @@ def prepare(
     if recipe.train.checkpoint_activations:
         recompute_activations(backbone)
     made = Job(recipe, tokenizer, inputs, backbone, trainable, device, precision, base, folder, say=say, page=page)
-    return made, record
+    return replace(made, own=own), record
 
 
 def settled_device(wanted: str) -> str:
