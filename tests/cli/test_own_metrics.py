@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from tests.cli.conftest import recipe_for
+from tests.cli.conftest import recipe_for, write_rows
 
 import tunesmith
 from tunesmith.errors import MetricError, RecipeError, RunError
@@ -34,6 +34,10 @@ def length(completion):
 def number(prompt, completion, answer, row):
     assert prompt == row["prompt"] and answer == row["completion"]
     return float(row["prompt"].split()[2])
+
+def place(prompt, completion, answer, row):
+    assert prompt == row["prompt"] and answer in (row.get("chosen"), row.get("answer"))
+    return float(prompt.split()[2])
 
 def everything(**values):
     return len(values)
@@ -97,6 +101,26 @@ def test_a_metric_of_completions_sees_prompt_answer_and_row(metrics, work):
     assert found["after"]["length"]["value"] == pytest.approx(sum(len(row["after"]) for row in shown) / 8)
 
 
+def test_preferences_and_rollouts_are_judged_too(metrics, work):
+    """dpo completes the held-out prompts; grpo judges those it measures by, whose row has no `completion`."""
+    rows = [{"prompt": f"what is {n} plus 1?", "chosen": f"it is {n}", "rejected": "no"} for n in range(8)]
+    for name, part in (("train", rows[:6]), ("held", rows[6:])):
+        write_rows(work / f"{name}.jsonl", part)
+    data = {"train": "train.jsonl", "eval": "held.jsonl"}
+    evaluate = {**SHORT, "metrics": ["my_metrics.py:place"]}
+    made = tunesmith.train(recipe_for("sft", data=data, evaluate=evaluate) | {"stage": "dpo"}, run="pairs")
+    assert made["after"]["place"]["value"] == made["before"]["place"]["value"] == 6.5
+    for name, part in (("train", rows[:6]), ("held", rows[6:])):
+        write_rows(work / f"{name}.jsonl", [{"prompt": row["prompt"], "answer": "7"} for row in part])
+    recipe = recipe_for(
+        "sft", data=data, evaluate={"samples": 0, "metrics": ["my_metrics.py:place"]},
+        train={"epochs": None, "steps": 1, "batch_examples": None, "select_by": "place"},
+        reward={"contains": "a"}, sampling={"max_tokens": 4}, grpo={"prompts": 2, "group": 2},
+    )  # fmt: skip
+    found = tunesmith.train(recipe | {"stage": "grpo"}, run="rollouts")
+    assert found["after"]["place"]["value"] == 6.5 and found["after"]["place"]["n"] == 2
+
+
 def test_the_checkpoint_is_chosen_by_it(metrics, work):
     """Chosen by what rises with the loss, an early step stays; by what falls with it, a late one."""
     late = tunesmith.train(
@@ -142,7 +166,7 @@ def test_eval_takes_metrics_from_the_command_line_and_from_python(metrics, run, 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("raises", ("ZeroDivisionError", "my_metrics.py:22", "labels-eval.jsonl:5")),
+        ("raises", ("ZeroDivisionError", "my_metrics.py:26", "labels-eval.jsonl:5")),
         ("nan", ("returned nan", "labels-eval.jsonl:1", "finite")),
         ("text", ("returned '0.5'", "labels-eval.jsonl:1")),
         ("nothing", ("returned None", "labels-eval.jsonl:1")),
