@@ -13,7 +13,8 @@ SIGNATURES = {
     "check": "(recipe_or_data, overrides=(), *, html=None, say=_silent)",
     "compare": "(recipe, overrides=(), *, tune=(), bases=(), grid=(), seeds=1, untuned=(), "
     "budget=None, to=None, say=_silent)",
-    "evaluate": "(run_or_model, data, *, stage=None, say=_silent)",
+    "elo": "(files, *, seed=0)",
+    "evaluate": "(run_or_model, data, *, stage=None, metrics=(), say=_silent)",
     "export": "(run, to, format='adapter', *, push_to=None, say=_silent)",
     "finetune": "(base, data, stage, method='lora', *, say=_silent, show=_silent, **settings)",
     "init": "(stage=None, *, data=None, base=None, to=None, say=_silent)",
@@ -22,6 +23,7 @@ SIGNATURES = {
     "predict": "(run, texts, *, max_tokens=256)",
     "quickstart": "(stage='classify', overrides=(), *, folder='quickstart', say=_silent, show=_silent)",
     "rank": "(file, *, ask, show, to=None, pairs=None, seed=0)",
+    "ratings": "(files)",
     "resume": "(run, *, say=_silent, show=_silent)",
     "runs_diff": "(a, b)",
     "runs_list": "(root='runs')",
@@ -35,9 +37,9 @@ SIGNATURES = {
     " temperature=0.0, max_tokens=128, seed=0, to=None, limit=None, say=_silent)",
 }
 ERRORS = {
-    "DataError": ValueError, "DiskError": RuntimeError, "Interrupted": Exception, "ModelError": ValueError,
-    "NonFiniteError": ArithmeticError, "RecipeError": ValueError, "RewardError": ValueError, "RunError": RuntimeError,
-    "TunesmithError": Exception,
+    "DataError": ValueError, "DiskError": RuntimeError, "Interrupted": Exception, "MetricError": ValueError,
+    "ModelError": ValueError, "NonFiniteError": ArithmeticError, "RecipeError": ValueError, "RewardError": ValueError,
+    "RunError": RuntimeError, "TunesmithError": Exception,
 }  # fmt: skip
 
 

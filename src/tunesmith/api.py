@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.api_preferences import elo as elo
 from tunesmith.api_preferences import rank as rank
+from tunesmith.api_preferences import ratings as ratings
 from tunesmith.api_preferences import sample as sample
 from tunesmith.api_preferences import winrate as winrate
 from tunesmith.api_rows import runs_rows as runs_rows
@@ -216,12 +218,20 @@ def _resume_chain(folder: RunDir, *, say: Say, show: Callable[[StepReport], None
 
 
 def evaluate(
-    run_or_model: str | Path, data: str | Path, *, stage: str | None = None, say: Say = _silent
+    run_or_model: str | Path,
+    data: str | Path,
+    *,
+    stage: str | None = None,
+    metrics: Sequence[str | Callable[..., Any]] = (),
+    say: Say = _silent,
 ) -> dict[str, Any]:
-    """Measure a run's tuned model, or any model folder or hub id, on `data`; `{metric: {value, low, high, n}}`."""
+    """Measure a run's tuned model, or any model folder or hub id, on `data`; `{metric: {value, low, high, n}}`.
+
+    `metrics` are functions of your own, or `file.py:name`, that judge every row beside the built-in metrics.
+    """
     from tunesmith.stages import using
 
-    return using.evaluate(run_or_model, str(data), stage=stage, say=say)
+    return using.evaluate(run_or_model, str(data), stage=stage, metrics=metrics, say=say)
 
 
 def predict(run: str | Path, texts: Sequence[str], *, max_tokens: int = 256) -> list[dict[str, Any]]:

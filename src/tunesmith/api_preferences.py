@@ -1,9 +1,9 @@
-"""The verbs about preferences: sample completions, rank them, compare two systems. `tunesmith.api` has them all."""
+"""The verbs about preferences: sample completions, rank them, compare systems. `tunesmith.api` has them all."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +95,24 @@ def winrate(
     names = [re.sub(r"[^A-Za-z0-9.-]+", "-", Path(str(name)).name) for name in (a, b)]
     where = Path(to) if to is not None else Path(f"winrate_{names[0]}_{names[1]}.jsonl")
     return comparing.winrate(str(a), str(b), str(prompts), judge_, draws, to=where, limit=limit, say=say)
+
+
+def elo(files: str | Path | Sequence[str | Path], *, seed: int = 0) -> dict[str, Any]:
+    """Elo ratings, averaging 1000, from files of comparisons: `{ratings: {system: {value, low, high, n}}, ...}`.
+
+    A row has `a`, `b` and `winner` (a, b or tie), or is one that `winrate` wrote. Raises `DataError` for rows that are
+    none, and for systems that were never compared or never beaten.
+    """
+    from tunesmith.stages import judgements
+
+    return judgements.elo([files] if isinstance(files, str | Path) else list(files), seed=seed)
+
+
+def ratings(files: str | Path | Sequence[str | Path]) -> dict[str, Any]:
+    """Mean ratings from 1 to 7, from rows with `system`, `rating` and perhaps `item`; differences on shared items.
+
+    Returns `{ratings: {system: {value, low, high, n}}, differences: [...], ...}`; `DataError` for a rating outside.
+    """
+    from tunesmith.stages import judgements
+
+    return judgements.ratings([files] if isinstance(files, str | Path) else list(files))

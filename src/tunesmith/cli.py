@@ -17,7 +17,7 @@ from tunesmith.cli_output import (
     Progress,
     check_lines,
     diff_lines,
-    metric_lines,
+    evaluation_lines,
     painted,
     quickstart_lines,
     result_lines,
@@ -163,12 +163,16 @@ def evaluate(
     *,
     data: Annotated[str, typer.Option("--data", help="The rows to measure on.")],
     stage: Annotated[str | None, typer.Option("--stage", help="For a bare model: what to measure it as.")] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option("--metric", help="A metric of yours, file.py:function; may be repeated.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a run's model, or any model, on held-out rows."""
     from tunesmith import api
 
-    _give(api.evaluate(target, data, stage=stage, say=_say), as_json, lambda r: metric_lines({"value": r["metrics"]}))
+    result = api.evaluate(target, data, stage=stage, metrics=metric or (), say=_say)
+    _give(result, as_json, evaluation_lines)
 
 
 @app.command()

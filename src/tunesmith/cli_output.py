@@ -90,6 +90,12 @@ def metric_lines(columns: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
     return table([["metric", *shown], *([name, *(cell_text(v.get(name)) for v in shown.values())] for name in names)])
 
 
+def evaluation_lines(result: Mapping[str, Any]) -> list[str]:
+    """One row a metric: its value with its interval, and the number of rows."""
+    rows = [[name, cell_text(entry), number_text(entry.get("n"))] for name, entry in result["metrics"].items()]
+    return table([["metric", "value [95 % interval]", "n"], *rows])
+
+
 def result_lines(result: Mapping[str, Any]) -> list[str]:
     """A run's result as people read it; the whole of it stands in result.json."""
     lines = metric_lines({name: result.get(name) for name in ("before", "after", "difference")})

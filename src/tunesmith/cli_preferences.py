@@ -1,15 +1,16 @@
-"""The commands about preferences: sample, rank, winrate."""
+"""The commands about preferences: sample, rank, winrate, elo, ratings."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
 
-from tunesmith.cli_output import table, tree_lines, visible
+from tunesmith.cli_output import cell_text, table, tree_lines, visible
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of a table.")]
 Prompts = Annotated[str, typer.Option("--prompts", help="A data file with a prompt in each row.")]
@@ -25,6 +26,8 @@ def register(app: typer.Typer, give: Give, say: Say) -> None:
     _add_sample(app, give, say)
     _add_rank(app, give, say)
     _add_winrate(app, give, say)
+    _add_elo(app, give)
+    _add_ratings(app, give)
 
 
 def _add_sample(app: typer.Typer, give: Give, say: Say) -> None:
@@ -109,6 +112,35 @@ def _add_winrate(app: typer.Typer, give: Give, say: Say) -> None:
         give(result, as_json, winrate_lines)
 
 
+def _add_elo(app: typer.Typer, give: Give) -> None:
+    @app.command()
+    def elo(
+        files: Annotated[
+            list[str], typer.Argument(help="Judgements: rows with a, b and winner (a, b, tie), or files of `winrate`.")
+        ],
+        *,
+        seed: Seed = 0,
+        as_json: AsJson = False,
+    ) -> None:
+        """Elo ratings of several systems from comparisons of two, with 95 % intervals; the order does not matter."""
+        from tunesmith import api
+
+        give(api.elo(files, seed=seed), as_json, elo_lines)
+
+
+def _add_ratings(app: typer.Typer, give: Give) -> None:
+    @app.command()
+    def ratings(
+        files: Annotated[list[str], typer.Argument(help="Rows with system, rating (1 to 7) and, where known, item.")],
+        *,
+        as_json: AsJson = False,
+    ) -> None:
+        """Mean ratings from 1 to 7 with 95 % intervals, and paired differences on the items that two systems share."""
+        from tunesmith import api
+
+        give(api.ratings(files), as_json, rating_lines)
+
+
 def _ask(question: str) -> str | None:
     """A line from the terminal; None when there is no more."""
     print(question, end="", file=sys.stderr, flush=True)
@@ -133,3 +165,29 @@ def winrate_lines(result: Mapping[str, Any]) -> list[str]:
     lines = [f"A: {visible(result['a'])}", f"B: {visible(result['b'])}", f"judge: {result['judge']}", ""]
     notes = [f"note: {note}" for note in result["notes"]]
     return [*lines, *table(rows), "", result["verdict"], *notes, f"judged pairs: {result['file']}"]
+
+
+def elo_lines(result: Mapping[str, Any]) -> list[str]:
+    """The ratings, best first, then each system against the one below it."""
+    left = f", {result['unclear']:,} unclear ones left out" if result["unclear"] else ""
+    return [
+        *_rated(result, "Elo", "judgements"), "",
+        f"{result['judgements']:,} judgements ({result['ties']:,} ties){left}; ratings average 1000",
+    ]  # fmt: skip
+
+
+def rating_lines(result: Mapping[str, Any]) -> list[str]:
+    """The mean ratings, best first, then each system against the one below it on the items of both."""
+    return [*_rated(result, "mean rating", "items"), "", f"{result['count']:,} ratings from 1 to 7"]
+
+
+def _rated(result: Mapping[str, Any], what: str, unit: str) -> list[str]:
+    rows = [[visible(name), cell_text(entry), f"{entry['n']:,}"] for name, entry in result["ratings"].items()]
+    names = list(result["ratings"])
+    beside = {(entry["a"], entry["b"]): entry for entry in result["differences"]}
+    pairs = [beside[pair] for pair in pairwise(names) if pair in beside]
+    compared = [
+        f"{visible(one['a'])} - {visible(one['b'])}: {cell_text(one)}, {one['n']:,} {unit} of both, {one['verdict']}"
+        for one in pairs
+    ]
+    return [*table([["system", f"{what} [95 % interval]", unit], *rows]), *(["", *compared] if compared else [])]

@@ -55,6 +55,10 @@ class RewardError(TunesmithError, ValueError):
     """A reward raised, or returned something that is not one finite number for each completion."""
 
 
+class MetricError(TunesmithError, ValueError):
+    """A metric function of the user's raised, or returned something that is not one finite number."""
+
+
 class RunError(TunesmithError, RuntimeError):
     """A run folder is in use, damaged, not writable, or was made from other inputs."""
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunesmith.recipe_alignment import alignment_defaults, alignment_problems
+from tunesmith.recipe_metrics import ARGUMENTS, metric_names, metric_problems
 
 DEFAULTS: dict[str, float] = {
     "full": 2e-5, "last_layers": 5e-5, "head": 1e-3, "lora": 2e-4, "bias": 1e-3, "peft": 1e-3
@@ -58,6 +59,7 @@ _STAGE_KEYS = {
     "train.batch_examples": {"pretrain", "mlm", "sft", "classify", "reward", "dpo"},
     "train.batch_tokens": {"pretrain", "mlm", "sft", "classify", "reward", "dpo"},
     "evaluate.generate": {"sft", "dpo"},
+    "evaluate.metrics": set(ARGUMENTS),
     "evaluate.sentences": {"classify"},
     "evaluate.baselines": {"classify", "sft"},
     "evaluate.baseline_rows": {"classify"},
@@ -209,13 +211,14 @@ def _contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         problems.append(("tune.method", "method head trains a new output head, which only classify and reward have; "
                          "take last_layers for a language model"))  # fmt: skip
     select = train["select_by"]
-    measured = METRICS[stage] + (("reward",) if stage in SCORED and values["reward"] else ())
+    measured = METRICS[stage] + (("reward",) if stage in SCORED and values["reward"] else ()) + metric_names(values)
     if select is not None and select not in measured:
         problems.append(("train.select_by", f"`{select}` is not measured in stage {stage}; take {', '.join(measured)}"))
     if (select is not None or train["early_stopping"]) and not _has_eval(data):
         problems.append(
             ("train.select_by", "choosing a checkpoint needs held-out rows: add `data.eval` or `data.split`")
         )
+    problems += metric_problems(values, held_out=_has_eval(data)) if stage in ARGUMENTS else []
     problems += _baseline_problems(values)
     problems += _forget_problems(values)
     if train["warmup"] > 1 and train["warmup"] != int(train["warmup"]):

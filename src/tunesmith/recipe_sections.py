@@ -205,6 +205,10 @@ class EvaluateSpec(Section):
     """Held-out prompts whose completions are shown before and after."""
     generate: GenerateSpec | None = None
     """Complete held-out prompts and compare with the answers: exact match, ROUGE-L, BLEU, share that end."""
+    metrics: str | list[str] | None = None
+    """Metrics of your own, `file.py:name`: a function of one held-out row that gives a number. It asks by the names of
+    its parameters for `predicted`, `label`, `probabilities` (classify) or `prompt`, `completion`, `answer` (the
+    others), and `row`. Higher is better unless its name ends in `_error`, `_loss` or `_deviance`."""
     probe: str | None = None
     """Text outside the task on which forgetting is measured; a built-in one when not set."""
     row_losses: Literal["none", "seen", "all"] = "seen"

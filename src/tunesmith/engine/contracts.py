@@ -92,9 +92,6 @@ class FitSpec:
     limit: Limit | None = None
 
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
-
-
 @dataclass(slots=True)
 class Progress:
     """What is counted along the way; saved with every checkpoint."""

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from tunesmith.batch import Batch
 from tunesmith.engine.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, step_folder
-from tunesmith.engine.contracts import LOWER_IS_BETTER, FitSpec, Progress, Stage
+from tunesmith.engine.contracts import FitSpec, Progress, Stage
 from tunesmith.engine.limit import go_back, kept_steps, slowed
 from tunesmith.engine.metrics import MetricsLog
 from tunesmith.engine.optim import clip, gradient_norm, moments_finite, rate_at, set_rate
 from tunesmith.engine.signals import StopSignals
 from tunesmith.engine.state import TrainState
 from tunesmith.errors import DataError, Interrupted, NonFiniteError, RunError, TunesmithError
+from tunesmith.recipe_metrics import lower_is_better
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +193,7 @@ def _evaluate(stage: Stage, state: TrainState, spec: FitSpec, files: Files, say:
     within = _keeps_within(state, spec, files, metrics, say)
     if spec.select_by is not None:
         value = metrics[spec.select_by] if within else math.nan
-        state.progress.note(value, state.step, lower=spec.select_by in LOWER_IS_BETTER)
+        state.progress.note(value, state.step, lower=lower_is_better(spec.select_by))
     elif spec.limit is not None and within:
         state.progress.best_step = state.step
     if _stopped_early(spec, state.progress):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.evaluate.intervals import Estimate, Statistic, paired_difference
-from tunesmith.evaluate.tasks import LOWER_IS_BETTER, NEUTRAL
+from tunesmith.evaluate.tasks import NEUTRAL
+from tunesmith.recipe_metrics import lower_is_better
 
 MIN_ROWS = 5
 NO_CHANGE = "no measurable change"
@@ -63,7 +64,7 @@ def judge(metric: str, change: Estimate) -> str:
     if metric in NEUTRAL:
         return "changed"
     rose = change.low > 0
-    return "better" if rose != (metric in LOWER_IS_BETTER) else "worse"
+    return "better" if rose != lower_is_better(metric) else "worse"
 
 
 def describe(metric: str, before: float, after: float, change: Estimate, verdict: str) -> str:

@@ -21,7 +21,7 @@ from tunesmith.evaluate.report_html import (
     table,
     tag,
 )
-from tunesmith.evaluate.tasks import LOWER_IS_BETTER
+from tunesmith.recipe_metrics import lower_is_better
 
 Json = Mapping[str, Any]
 
@@ -35,7 +35,7 @@ def render_comparison(found: Json, title: str) -> str:
 
 def _what(found: Json) -> str:
     rows = found["rows"]
-    best = "lower" if found["metric"] in LOWER_IS_BETTER else "higher"
+    best = "lower" if lower_is_better(found["metric"]) else "higher"
     runs = f"{len(rows)} ways to tune, {sum(row['seeds'] for row in rows)} runs in {duration(found['seconds'])}"
     metric = f"{found['metric'].replace('_', ' ')} ({best} is better)"
     return f"{runs}; judged by {metric} on {rows[0]['n']:,} held-out rows"

@@ -12,7 +12,7 @@ import yaml
 
 from tunesmith.errors import RunError
 from tunesmith.evaluate.compare import Difference, Estimate, judge, main_metric
-from tunesmith.evaluate.tasks import LOWER_IS_BETTER
+from tunesmith.recipe_metrics import lower_is_better
 from tunesmith.rundir import LAYOUT
 
 Json = dict[str, Any]
@@ -141,7 +141,7 @@ def best_evaluation(lines: Sequence[Json], metric: str) -> tuple[Json, Json] | N
     held = [(value, line) for value, line in held if value == value]
     if not held:
         return None
-    pick = min if metric in LOWER_IS_BETTER else max
+    pick = min if lower_is_better(metric) else max
     return pick(held, key=lambda pair: pair[0])[1], held[-1][1]
 
 

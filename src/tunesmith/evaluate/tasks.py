@@ -11,7 +11,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from tunesmith.evaluate.intervals import Array, Statistic, mean_statistic
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
 NEUTRAL = frozenset({"kl", "response_length"})
 """What may rise or fall without being better or worse."""
 Ints = NDArray[np.int64]

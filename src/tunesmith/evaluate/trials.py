@@ -13,7 +13,7 @@ import numpy as np
 
 from tunesmith.evaluate.compare import judge, main_metric, number
 from tunesmith.evaluate.intervals import Estimate, Statistic, paired_difference, ratio
-from tunesmith.evaluate.tasks import LOWER_IS_BETTER
+from tunesmith.recipe_metrics import lower_is_better
 
 Json = dict[str, Any]
 SURE = 0.95
@@ -96,7 +96,7 @@ def _error(entry: Mapping[str, Any]) -> float:
 
 def rank(rows: list[Json], held_out: Mapping[str, Rows | None]) -> list[Json]:
     """The rows, best first, each with `behind`: the best minus it on the same rows, and how sure the best is better."""
-    rows = sorted(rows, key=lambda row: row["value"], reverse=rows[0]["metric"] not in LOWER_IS_BETTER)
+    rows = sorted(rows, key=lambda row: row["value"], reverse=not lower_is_better(rows[0]["metric"]))
     best = rows[0]
     for row in rows[1:]:
         spread = math.hypot(best["spread"], row["spread"])

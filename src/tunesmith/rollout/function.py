@@ -16,13 +16,15 @@ from tunesmith.rollout.rewards import Completed, Score
 OWN = ("prompts", "completions")
 
 
-def load_function(path: Path, name: str) -> Callable[..., Any]:
+def load_function(path: Path, name: str, key: str = "reward.function") -> Callable[..., Any]:
     """The function `name` of the Python file `path`, which runs as what it is: the user's own code.
+
+    `key` is what named it, for messages.
 
     Raises `RecipeError` when the file is missing, cannot be run, or has no such function.
     """
     if not path.is_file():
-        raise RecipeError(f"reward.function: there is no file {path}")
+        raise RecipeError(f"{key}: there is no file {path}")
     own_name = f"reward_function_{sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(own_name, path)
     assert spec is not None and spec.loader is not None, "a .py file has a loader"
@@ -31,11 +33,11 @@ def load_function(path: Path, name: str) -> Callable[..., Any]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the file does when it is imported
-        raise RecipeError(f"reward.function: {path} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise RecipeError(f"{key}: {path} cannot be loaded: {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)
     if not callable(found):
         known = [n for n, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == own_name]
-        raise RecipeError(f"reward.function: {path} has no function `{name}`; it has {', '.join(known) or 'none'}")
+        raise RecipeError(f"{key}: {path} has no function `{name}`; it has {', '.join(known) or 'none'}")
     return found
 
 

@@ -89,7 +89,7 @@ def _checked(part: Part, items: Sequence[Completed]) -> Floats:
     except TunesmithError:
         raise
     except Exception as error:  # the user's own code raises what it likes
-        raise RewardError(f"{what} raised {_described(error)}{_culprit(part, items)}. {_MEND}") from error
+        raise RewardError(f"{what} raised {described(error)}{_culprit(part, items)}. {_MEND}") from error
     if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__len__"):
         raise RewardError(f"{what} returned a {type(values).__name__}, not a list of numbers. {_MEND}")
     if len(values) != len(items):
@@ -113,7 +113,7 @@ def _number(value: Any, item: Completed, what: str) -> float:
     return number
 
 
-def _described(error: BaseException) -> str:
+def described(error: BaseException) -> str:
     """The exception and the line of the innermost frame it came from."""
     trace, where = error.__traceback__, ""
     while trace is not None:

@@ -27,16 +27,17 @@ from tunesmith.recipe import Recipe, Resolved
 from tunesmith.recipe_chain import Chain, ChainStage, load_saved
 from tunesmith.rundir import RunDir, model_run
 from tunesmith.stages import checking, from_run, running
+from tunesmith.stages.bases import base_path
 from tunesmith.stages.earlier import measure_earlier
 from tunesmith.stages.job import has_soft_prompt
-from tunesmith.stages.prepare import ONLINE, STAGES, base_path, locate, prepare, read_sets
+from tunesmith.stages.prepare import ONLINE, STAGES, locate, prepare, read_sets
 
 Say = Callable[[str], None]
 Show = Callable[[StepReport], None]
 REPLACED = "replaced"
 ADAPTERS = ("lora", "peft")
-_FILES = ("evaluate.probe", "ppo.ptx_data", "reward_model.demonstrations", "reward.function", "reward.model",
-          "reward.run", "tune.adapter")  # fmt: skip
+_FILES = ("evaluate.metrics", "evaluate.probe", "ppo.ptx_data", "reward_model.demonstrations", "reward.function",
+          "reward.model", "reward.run", "tune.adapter")  # fmt: skip
 """Keys beside `data` that name files whose content decides the result."""
 
 

@@ -18,23 +18,27 @@ from tunesmith.evaluate.classify import ScoreResult, evaluate_scores
 from tunesmith.model.score import ScoreModel
 from tunesmith.objectives.classify import Classify
 from tunesmith.stages.job import Built, Job, Measured, make_source
+from tunesmith.stages.likelihood import with_own
 
 KIND = "classifier"
 
 
 def build(job: Job) -> Built:
-    """The stage; measured by accuracy, F1, MCC and loss on held-out rows."""
+    """The stage; measured by accuracy, F1, MCC and loss on held-out rows, and by metrics of the user's own."""
     model = ScoreModel(job.backbone, compute=job.compute).to(job.device)
 
     def measure(store: SampleStore, full: bool) -> Measured:
         result = evaluate_scores(model, store, collate=collate, max_tokens=job.eval_tokens, device=job.device)
         rows = predictions(result, job.inputs.label_names) if full else ()
-        return Measured(
+        measured = Measured(
             result.statistics(),
             result.metrics(seed=job.recipe.seed),
             predictions=tuple(rows),
             per_class=result.per_class(job.inputs.label_names) if full else {},
         )
+        own = job.own_for(store, full)
+        found = [] if own is None else own.of_classes(result, job.inputs.label_names)
+        return with_own(measured, found, seed=job.recipe.seed)
 
     objective = Classify(job.recipe.data.multi_label)
     return Built(Stage("classify", model, objective, make_source(job)), measure)

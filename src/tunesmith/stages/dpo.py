@@ -15,7 +15,7 @@ from tunesmith.model.language import LanguageModel
 from tunesmith.objectives.dpo import Preference
 from tunesmith.recipe import Recipe
 from tunesmith.stages.job import Built, Job, Measured, make_source
-from tunesmith.stages.likelihood import complete, with_completions, with_reward
+from tunesmith.stages.likelihood import completions, joined, with_reward
 from tunesmith.stages.preference import References, measure_preferences
 from tunesmith.stages.scored import reward_of_completions
 
@@ -44,9 +44,7 @@ def build(job: Job) -> Built:
         measured, _ = measure_preferences(job, model, objective, beside(store), full=full)
         if rewarded is not None and store is held_out:
             measured = with_reward(measured, rewarded(), seed=job.recipe.seed)
-        generation = complete(job, model, Chosen(store)) if full else None
-        scored = job.recipe.evaluate.generate is not None
-        return with_completions(measured, generation, scored=scored, seed=job.recipe.seed)
+        return joined(measured, completions(job, model, store, Chosen(store), full=full))
 
     return Built(Stage("dpo", model, objective, make_source(job, samples=beside(train))), measure)
 

@@ -30,8 +30,9 @@ from tunesmith.model.soft_prompt import context_tokens
 from tunesmith.model.trainable import Trainable, make_trainable
 from tunesmith.recipe import Recipe, load_resolved
 from tunesmith.rundir import RunDir
+from tunesmith.stages.bases import base_path, run_origin
 from tunesmith.stages.job import Job, trainable_spec
-from tunesmith.stages.prepare import base_path, load_model, run_origin
+from tunesmith.stages.prepare import load_model
 
 BATCH_TOKENS = 8192
 Model = LanguageModel | ScoreModel

@@ -28,6 +28,7 @@ from tunesmith.model.language import LanguageModel
 from tunesmith.model.trainable import Trainable, TrainableSpec
 from tunesmith.recipe import Recipe
 from tunesmith.rundir import RunDir, flatten
+from tunesmith.stages.own_metrics import Own
 from tunesmith.stages.probes import Probe, fingerprints
 
 Collate = Callable[[Sequence[Sample]], Batch]
@@ -77,6 +78,8 @@ class Job:
     say: Callable[[str], None] = lambda _: None
     page: Mapping[str, Any] | None = None
     """What was looked at before the first step; None for a run that goes on."""
+    own: Own | None = None
+    """Metrics of the user's own, where the recipe or the command line names some."""
     start: Callable[[], Any] | None = None
     """Loads the backbone as it was before training, where `backbone` has been trained already."""
 
@@ -84,6 +87,16 @@ class Job:
     def compute(self) -> torch.dtype:
         """The type matrix products run in."""
         return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
+    @property
+    def chooses_by_own(self) -> bool:
+        """Whether the best checkpoint is chosen by a metric of the user's own."""
+        return self.own is not None and self.recipe.train.select_by in self.own.names
+
+    def own_for(self, store: Store, full: bool) -> Own | None:
+        """The user's own metrics where they judge a measurement of `store`: held-out rows, test rows, whatever `eval`
+        is given; not of training rows or of what forgetting is measured on."""
+        return self.own if full or store is self.inputs.eval or store is self.inputs.test else None
 
     @property
     def eval_tokens(self) -> int:
@@ -255,7 +268,16 @@ def identity(job: Job, base_hash: str) -> dict[str, str]:
         "matrix products": job.precision,
         "torch": torch.__version__.split("+")[0],
         "trainable": _digest(list(job.trainable.names)),
+        **_chosen_by(job),
     }
+
+
+def _chosen_by(job: Job) -> dict[str, str]:
+    """The code of the metric that chooses the checkpoint, where it is the user's own."""
+    if job.own is None:
+        return {}
+    name = job.recipe.train.select_by
+    return {f"metric function {m.name}": m.content for m in job.own.metrics if m.name == name}
 
 
 def _short(value: Any) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from tunesmith.evaluate.generate import GenerationResult, evaluate_generation, questions_of
 from tunesmith.evaluate.intervals import Statistic, bootstrap
 from tunesmith.evaluate.likelihood import Samples, bytes_of_tokens, evaluate_likelihood
+from tunesmith.evaluate.own import own_estimate
 from tunesmith.model.language import LanguageModel
+from tunesmith.recipe_sections import GenerateSpec
 from tunesmith.rollout.sampler import Sampler
 from tunesmith.stages.job import Collate, Job, Measured
 
@@ -31,8 +33,10 @@ def quick_metrics(measured: Measured) -> Mapping[str, float]:
 
 
 def complete(job: Job, model: LanguageModel, store: Samples) -> GenerationResult | None:
-    """Greedy completions of held-out prompts, when the recipe asks for metrics on generated text or for samples."""
-    generate, samples = job.recipe.evaluate.generate, job.recipe.evaluate.samples
+    """Greedy completions of held-out prompts, when metrics on generated text or samples are wanted."""
+    samples, generate = job.recipe.evaluate.samples, job.recipe.evaluate.generate
+    if generate is None and job.own is not None:
+        generate = GenerateSpec()
     limit = generate.examples if generate is not None else samples
     if limit == 0:
         return None
@@ -49,6 +53,39 @@ def with_reward(measured: Measured, reward: Statistic, *, seed: int) -> Measured
     return replace(
         measured, statistics=statistics, metrics={**measured.metrics, reward.name: bootstrap(reward, seed=seed)}
     )
+
+
+def with_own(measured: Measured, found: Sequence[Statistic], *, seed: int) -> Measured:
+    """`measured` and the user's own metrics, each with its interval over rows."""
+    statistics = {**measured.statistics, **{s.name: s for s in found}}
+    metrics = {**measured.metrics, **{s.name: own_estimate(s, seed=seed) for s in found}}
+    return replace(measured, statistics=statistics, metrics=metrics)
+
+
+def completions(job: Job, model: LanguageModel, store: Samples, samples: Samples, *, full: bool) -> Measured:
+    """What completions of `samples`, the prompts of `store`, add to a measurement: none are made unless wanted.
+
+    They are in a full one and, where a metric of the user's own judges them, on the test rows and at evaluations that
+    such a metric chooses by.
+    """
+    inputs, nothing = job.inputs, Measured({}, {})
+    judged = store is inputs.test or (job.chooses_by_own and store is inputs.eval)
+    if not full and (job.own is None or not judged):
+        return nothing
+    generation = complete(job, model, samples)
+    if generation is None:
+        return nothing
+    seed, scored = job.recipe.seed, job.recipe.evaluate.generate is not None
+    found = with_completions(nothing, generation, scored=scored, seed=seed)
+    return found if job.own is None else with_own(found, job.own.of_generation(generation), seed=seed)
+
+
+def joined(measured: Measured, more: Measured) -> Measured:
+    """`measured` with the metrics and the completions of `more`."""
+    return replace(
+        measured, statistics={**measured.statistics, **more.statistics}, metrics={**measured.metrics, **more.metrics},
+        generation=more.generation,
+    )  # fmt: skip
 
 
 def with_completions(measured: Measured, generation: GenerationResult | None, *, scored: bool, seed: int) -> Measured:

@@ -94,6 +94,7 @@ def measurement_key(job: Job) -> str:
     parts = [
         job.recipe.evaluate.model_dump(), job.precision, job.recipe.seed, job.recipe.train.micro_batch_tokens,
         [None if store is None else store.fingerprint for store in stores],
+        [] if job.own is None else [metric.content for metric in job.own.metrics],
     ]  # fmt: skip
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -24,6 +24,8 @@ from tunesmith.rollout.sampler import Sampler, stream_seed
 from tunesmith.rollout.schedule import Schedule, steps_for
 from tunesmith.rollout.source import Method, Mix, OnlineSource, rollout_sample
 from tunesmith.stages.job import Built, Job, Measured
+from tunesmith.stages.likelihood import with_own
+from tunesmith.stages.own_metrics import Own
 from tunesmith.stages.rewarding import build_reward
 
 MEASURING = -2
@@ -69,7 +71,15 @@ def build_online(
     )  # fmt: skip
 
     def measure(store: Any, full: bool) -> Measured:
-        return measure_prompts(collector, actor, store, seed=recipe.seed, max_tokens=job.eval_tokens, full=full)
+        return measure_prompts(
+            collector,
+            actor,
+            store,
+            seed=recipe.seed,
+            max_tokens=job.eval_tokens,
+            full=full,
+            own=job.own_for(store, full),
+        )
 
     stage = Stage(recipe.stage, model, objective, source, describe=source.metrics)
     return Built(stage, measure, plain=LanguageModel(job.backbone, compute=job.compute))
@@ -86,10 +96,17 @@ def _schedule(job: Job, rounds: Rounds, num_prompts: int) -> Schedule:
 
 
 def measure_prompts(
-    collector: Collector, actor: Actor, prompts: PromptSet, *, seed: int, max_tokens: int, full: bool
+    collector: Collector,
+    actor: Actor,
+    prompts: PromptSet,
+    *,
+    seed: int,
+    max_tokens: int,
+    full: bool,
+    own: Own | None = None,
 ) -> Measured:
     """One completion of every prompt, the same streams before and after: reward with its parts, KL to the start
-    (nats per completion), length, share that ended."""
+    (nats per completion), length, share that ended, and metrics of the user's own."""
     everything = range(len(prompts))
     played = collector.play(prompts, everything, num_per_prompt=1, seed=stream_seed(seed, MEASURING, 0))
     rows = {"reward": played.rewards.total, "kl": kl_to_start(actor, played, max_tokens)}
@@ -98,7 +115,11 @@ def measure_prompts(
     rows |= {"response_length": played.lengths.astype(np.float64), "ended": played.ended.astype(np.float64)}
     statistics = {name: mean_statistic(name, values) for name, values in rows.items()}
     metrics = {name: _estimate(statistic, seed) for name, statistic in statistics.items()}
-    return Measured(statistics, metrics, _shown(played, collector) if full else None)
+    measured = Measured(statistics, metrics, _shown(played, collector) if full else None)
+    if own is None:
+        return measured
+    items = ((item.completion, item.answer, item.origin) for item in played.completed)
+    return with_own(measured, own.of_completions(items), seed=seed)
 
 
 def _estimate(statistic: Statistic, seed: int) -> Estimate:

@@ -12,10 +12,11 @@ from tunesmith.plan.hardware import available_memory, choose_precision, matmul_r
 from tunesmith.plan.memory import MemoryPlan, plan_memory
 from tunesmith.plan.shapes import StepShape, step_shape
 from tunesmith.recipe import Recipe, Resolved
+from tunesmith.stages.bases import base_path, settled_device
 from tunesmith.stages.feature_cache import feature_bytes, stores_of
 from tunesmith.stages.job import Inputs, Job, text_tokens, trainable_spec
 from tunesmith.stages.load import Load, load_of
-from tunesmith.stages.prepare import STAGES, Say, base_path, make_inputs, read_sets, settled_device
+from tunesmith.stages.prepare import STAGES, Say, make_inputs, read_sets
 
 OTHERS = (
     ("full", TrainableSpec("full")),

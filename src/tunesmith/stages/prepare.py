@@ -24,12 +24,14 @@ from tunesmith.errors import DataError, RecipeError, several
 from tunesmith.model.folder import resolve
 from tunesmith.model.load import base_record, load_backbone, load_tokenizer, stored_dtype
 from tunesmith.model.packing import recompute_activations
-from tunesmith.model.trainable import experts_note, make_trainable
-from tunesmith.plan.hardware import choose_device, choose_precision
+from tunesmith.model.trainable import Trainable, experts_note, make_trainable
+from tunesmith.plan.hardware import choose_precision
 from tunesmith.recipe import Recipe
 from tunesmith.stages import beforehand, classify, dpo, grpo, mlm, ppo, pretrain, reward, sft
+from tunesmith.stages.bases import base_path, run_origin, settled_device
 from tunesmith.stages.job import Inputs, Job, text_tokens, trainable_spec, virtual_tokens
 from tunesmith.stages.load import NOTHING
+from tunesmith.stages.own_metrics import own_metrics
 from tunesmith.stages.probes import Reader
 
 STAGES: dict[str, ModuleType] = {
@@ -325,12 +327,23 @@ def prepare(
     tokenizer = load_tokenizer(base, trust=recipe.trust_remote_code)
     sets = read_sets(recipe, folder)
     say(f"data: {sets.train.describe()}")
+    own = own_metrics(recipe.stage, recipe.evaluate.metrics, folder, (sets.eval, sets.test), beside=sets.train)
     inputs = make_inputs(recipe, sets, tokenizer, text_tokens(recipe, record), folder=folder, say=say)
     page = None
     if not goes_on:
         draft = Job(recipe, tokenizer, inputs, None, NOTHING, device, precision, base, folder)
         page = beforehand.look(draft, sets, record)
         beforehand.refuse(page)
+    backbone, trainable, notes = _opened(recipe, base, inputs, folder, say)
+    inputs = replace(inputs, notes=(*inputs.notes, *notes))
+    made = Job(recipe, tokenizer, inputs, backbone, trainable, device, precision, base, folder, say=say, page=page)
+    return replace(made, own=own), record
+
+
+def _opened(
+    recipe: Recipe, base: str, inputs: Inputs, folder: Path, say: Say
+) -> tuple[Any, Trainable, tuple[str, ...]]:
+    """The base with what trains freed or added, the count of it, and what a reader of the run should know."""
     backbone = load_model(recipe, base, inputs.label_names)
     trainable = make_trainable(backbone, trainable_spec(recipe, folder))
     if (packed := getattr(backbone, "tunesmith_packed", None)) is not None:
@@ -343,40 +356,12 @@ def prepare(
         raise RecipeError("nothing would train: no parameter requires a gradient; look at `tune`")
     say(trainable.describe())
     head_note = mlm.head_note(recipe.base, backbone, trainable.names) if recipe.stage == "mlm" else ""
-    for note in filter(None, (experts_note(backbone), head_note)):
+    notes = tuple(note for note in (experts_note(backbone), head_note) if note)
+    for note in notes:
         say(note)
-        inputs = replace(inputs, notes=(*inputs.notes, note))
     if recipe.train.checkpoint_activations:
         recompute_activations(backbone)
-    made = Job(recipe, tokenizer, inputs, backbone, trainable, device, precision, base, folder, say=say, page=page)
-    return made, record
-
-
-def settled_device(wanted: str) -> str:
-    """The device to use; `RecipeError` when it is not here."""
-    try:
-        return choose_device(wanted)
-    except ValueError as error:
-        raise RecipeError(str(error)) from None
-
-
-def base_path(base: str, folder: Path) -> str:
-    """A base given as a folder relative to the recipe, or as it stands (a folder or a hub id); of a finished run, the
-    folder of its merged model."""
-    beside = folder / Path(base).expanduser()
-    path = beside if beside.is_dir() else Path(base).expanduser()
-    from tunesmith.stages import from_run  # it opens runs, and a run opens its own base through here
-
-    if from_run.is_run(path):
-        return str(from_run.model_folder(path))
-    return str(beside) if beside.is_dir() else base
-
-
-def run_origin(base: str) -> dict[str, Any]:
-    """What to record of a base that is a run's merged model: the run and its content."""
-    from tunesmith.stages import from_run
-
-    return from_run.origin(base)
+    return backbone, trainable, notes
 
 
 def load_model(recipe: Recipe, base: str, label_names: tuple[str, ...]) -> Any:

@@ -64,7 +64,7 @@ class Reader:
             return ("mlm",)
         if self.recipe.stage not in ("classify", "reward"):
             return ("sft", "pretrain")
-        from tunesmith.stages.prepare import base_path
+        from tunesmith.stages.bases import base_path
 
         base = base_path(self.recipe.base, self.folder)
         encoder = is_encoder(base, trust=self.recipe.trust_remote_code)

@@ -68,6 +68,7 @@ def go_on(run: RunDir, *, say: Say, show: Show) -> dict[str, Any]:
     precision = began["precision"] if recipe.precision == "auto" else None
     job, base = prepare(recipe, folder, say=say, device=began["device"], precision=precision)
     job = replace(job, run=run)
+    _note_changed(run, job, say)
     return _train(run, job, _build(job, say), base, again=True, say=say, show=show)
 
 
@@ -264,4 +265,20 @@ def _inputs(job: Job, base: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "template": job.recipe.data.asked_by(),
         "notes": list(inputs.notes),
         "recipe_folder": str(folder),
+        **_own_contents(job),
     }
+
+
+def _own_contents(job: Job) -> dict[str, Any]:
+    """The user's own metrics with the sha256 of their files."""
+    return {} if job.own is None else {"metrics": {metric.where: metric.content for metric in job.own.metrics}}
+
+
+def _note_changed(run: RunDir, job: Job, say: Say) -> None:
+    """Say which of the user's metrics are not those that the run began with; before and after are by the same ones."""
+    inputs, now = run.read_json("inputs"), _own_contents(job)
+    began = inputs.get("metrics", {})
+    changed = [where for where, content in now.get("metrics", {}).items() if began.get(where) != content]
+    if changed:
+        say(f"note: metric {', '.join(changed)} has changed since the run began; the base is measured again with it")
+        run.write_json("inputs", inputs | now)

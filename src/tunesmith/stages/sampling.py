@@ -24,10 +24,10 @@ from tunesmith.plan.hardware import choose_device, choose_precision
 from tunesmith.recipe import Recipe, load_resolved
 from tunesmith.rollout.sampler import Sampler, stream_seed
 from tunesmith.stages import from_run
+from tunesmith.stages.bases import base_path
 from tunesmith.stages.finals import open_tuned, wrap
 from tunesmith.stages.job import text_tokens
 from tunesmith.stages.jsonl import append_row, whole_rows
-from tunesmith.stages.prepare import base_path
 from tunesmith.stages.using import find_run, settled
 
 Say = Callable[[str], None]

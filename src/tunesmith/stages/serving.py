@@ -19,8 +19,9 @@ from tunesmith.rollout.sampler import Sampler
 from tunesmith.serve.protocol import Answer, Ask, Limits, RequestError, Written
 from tunesmith.serve.server import ModelServer, Served
 from tunesmith.stages import sampling
+from tunesmith.stages.bases import base_path
 from tunesmith.stages.finals import classify_texts, longest_of, open_tuned, wrap
-from tunesmith.stages.prepare import Say, base_path
+from tunesmith.stages.prepare import Say
 from tunesmith.stages.rewarding import run_score
 from tunesmith.stages.using import find_run, settled
 

@@ -14,9 +14,10 @@ from tunesmith.model.load import is_encoder
 from tunesmith.recipe import load_recipe, load_resolved
 from tunesmith.rundir import RunDir, write_whole
 from tunesmith.stages import baselining, using
+from tunesmith.stages.bases import base_path
 from tunesmith.stages.job import Measured
 from tunesmith.stages.measuring import as_json, origins_of
-from tunesmith.stages.prepare import STAGES, base_path, prepare, read_sets
+from tunesmith.stages.prepare import STAGES, prepare, read_sets
 
 Json = dict[str, Any]
 ASKED = ("zero_shot", "few_shot")

@@ -23,17 +23,20 @@ from tunesmith.model.score import ScoreModel
 from tunesmith.model.trainable import Trainable
 from tunesmith.plan.hardware import choose_device, choose_precision
 from tunesmith.recipe import Recipe, load_recipe, load_resolved
+from tunesmith.recipe_metrics import named
 from tunesmith.rollout.sampler import Sampler
 from tunesmith.rundir import RunDir, model_run, open_run
 from tunesmith.stages import finals, mlm
 from tunesmith.stages.finals import Tuned, classify_texts, longest_of, open_tuned
 from tunesmith.stages.job import Inputs, Job, Measured, text_tokens
+from tunesmith.stages.own_metrics import Given, Own, own_metrics, with_given
 from tunesmith.stages.prepare import (
     STAGES,
     Say,
     Sets,
     labels_of,
     load_model,
+    locate,
     make_encoder,
     read_sets,
     store_of,
@@ -41,12 +44,14 @@ from tunesmith.stages.prepare import (
 )
 
 
-def evaluate(target: str | Path, data: str, *, stage: str | None, say: Say) -> dict[str, Any]:
-    """`{model, stage, data, metrics, ...}` of a run or of any model folder or hub id."""
+def evaluate(
+    target: str | Path, data: str, *, stage: str | None, metrics: Sequence[Given] = (), say: Say
+) -> dict[str, Any]:
+    """`{model, stage, data, metrics, ...}` of a run or of any model folder or hub id; `metrics` are the user's own."""
     run = find_run(target)
     model = _of_run(run, data) if run is not None else _of_base(str(target), data, stage)
     records = read_sets(model.recipe, Path.cwd()).train
-    measured, _ = _measured(model, run, records, say)
+    measured, _ = _measured(model, run, records, say, metrics)
     return _evaluation(str(target), data, model.recipe, measured)
 
 
@@ -55,7 +60,10 @@ def measure_records(run: RunDir, records: Any) -> tuple[Measured, list[str]]:
     return _measured(_of_run(run, None), run, records, lambda _: None)
 
 
-def _measured(model: _Model, run: RunDir | None, records: Any, say: Say) -> tuple[Measured, list[str]]:
+def _measured(
+    model: _Model, run: RunDir | None, records: Any, say: Say, metrics: Sequence[Given] = ()
+) -> tuple[Measured, list[str]]:
+    own = _own(model.recipe, run, records, metrics, say)
     labels = model.labels
     if not labels and model.recipe.stage == "classify":
         labels = _own_labels(model.base, Sets(records, None, None))
@@ -70,11 +78,27 @@ def _measured(model: _Model, run: RunDir | None, records: Any, say: Say) -> tupl
         say(text)
     job = Job(
         model.recipe, model.tokenizer, Inputs(store, store, None, label_names=labels), backbone, model.trainable,
-        model.device, model.precision, base=model.base, folder=_folder_of(run), say=say,
+        model.device, model.precision, base=model.base, folder=_folder_of(run), say=say, own=own,
         start=None if run is None else partial(finals.untrained, run),
     )  # fmt: skip
     measured = STAGES[model.recipe.stage].build(job).measure(store, True)
     return measured, [store.origin(i) for i in range(len(store))]
+
+
+def _own(recipe: Recipe, run: RunDir | None, records: Any, metrics: Sequence[Given], say: Say) -> Own | None:
+    """The metrics of the run's recipe, as their files are now, and those given here."""
+    folder, began = _folder_of(run), {} if run is None else run.read_json("inputs").get("metrics", {})
+    here = []
+    for text in named(recipe.evaluate.metrics):
+        if Path(locate(text.rpartition(":")[0], folder)).is_file():
+            here.append(text)
+        else:
+            say(f"warning: metric {text} of the run is left out: its file is not there")
+    own = own_metrics(recipe.stage, here, folder, [records])
+    for metric in () if own is None else own.metrics:
+        if began.get(metric.where, metric.content) != metric.content:
+            say(f"note: metric {metric.where} has changed since the run")
+    return with_given(recipe.stage, own, metrics, records, "--metric")
 
 
 @dataclass(frozen=True, slots=True)
