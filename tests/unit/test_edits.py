@@ -74,8 +74,8 @@ def test_the_pairs_are_those_of_comparing_every_two_rows(edit):
     rng = random.Random(4)
     rows = sentences(30, 5, edit.fewest + 2, 40)
     for row in rows[:30]:
-        at, size = rng.randrange(len(row)), rng.randrange(9)
-        rows.append([*row[:at], *(9000 + rng.randrange(500) for _ in range(rng.randrange(9))), *row[at + size :]])
+        at, size, more = rng.randrange(len(row)), rng.randrange(edit.place + 3), rng.randrange(edit.place + 3)
+        rows.append([*row[:at], *(9000 + rng.randrange(500) for _ in range(more)), *row[at + size :]])
     bounds = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
     new = np.array([row not in rows[:number] for number, row in enumerate(rows)])
     found = edits.edited_rows(np.concatenate(rows), bounds, new, edit)

@@ -54,6 +54,7 @@ class Subset:
         self._count = count
         self.name = name
         self.narrowed: tuple[str, ...] = (*records.narrowed, *([note] if note else []))
+        self.notes: tuple[str, ...] = records.notes
         self.stage: str = records.stage
         self.format: str = records.format
         self.columns: Mapping[str, str] = records.columns

@@ -110,9 +110,13 @@ def left_out(sets: Sets) -> list[str]:
 
 
 def narrowings(sets: Sets) -> list[str]:
-    """What the recipe leaves out of each data set for good, once where the parts of a split share it."""
+    """What the recipe leaves out of each data set for good, once where the parts of a split share it.
+
+    Of held-out and test rows also what was remarked while reading, as their description is not shown.
+    """
     found: dict[str, str] = {}
     for name, records in (("training", sets.train), ("held-out", sets.eval), ("test", sets.test)):
-        for text in () if records is None else records.narrowed:
+        noted = records.notes if records is not None and name != "training" else ()
+        for text in () if records is None else (*records.narrowed, *noted):
             found.setdefault(text, f"{name}: {text}")
     return list(found.values())
