@@ -17,6 +17,7 @@ import typer.main
 from pydantic.fields import FieldInfo
 
 from tunesmith import cli, recipe, recipe_rules, recipe_sections
+from tunesmith.recipe_data import SOURCE_KEYS, DataSource
 from tunesmith.recipe_sections import Section
 
 HERE = Path(__file__).parent
@@ -60,12 +61,14 @@ def descriptions(section: type[Section]) -> dict[str, str]:
 def _sections(prefix: str, section: type[Section]) -> Iterator[str]:
     yield _section(prefix, section)
     for name, field in section.model_fields.items():
-        if inner := _inner(field.annotation):
+        inner = _inner(field.annotation)
+        if inner is not None and (inner is not DataSource or f"{prefix}.{name}" == SOURCE_KEYS[0]):
             yield from _sections(f"{prefix}.{name}", inner)
 
 
 def _section(prefix: str, section: type[Section]) -> str:
     title = f"## `{prefix}`" if prefix else "## Top level"
+    title = f"## {', '.join(f'`{key}`' for key in SOURCE_KEYS)}" if section is DataSource else title
     said = descriptions(section)
     rows = ["| key | values | default | meaning |", "|---|---|---|---|"]
     for name, field in section.model_fields.items():

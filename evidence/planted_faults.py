@@ -295,8 +295,9 @@ def main() -> None:
         "*Found* are planted rows that the page names, *other rows told* are rows that it names although nothing was "
         "planted there and the clean file did not make it name them. *Told of the clean file* is what the data has of "
         "its own.",
-        "A near duplicate shares 80 % of the runs of 5 tokens with an earlier row. One changed word touches five runs "
-        "or more: of a row of 60 words it leaves enough, of one of 20 words it does not.",
+        "A near duplicate shares 80 % of the runs of 5 tokens with an earlier row, or is a row of at most 128 tokens "
+        "that differs from it in one place of at most 6 tokens and a sixth of the row. What is missed is a word that "
+        "the base's small vocabulary spells in more tokens than that.",
         table(head, planted),
         "Files that are at fault as a whole. Every clean file above passes every gate. `trained_share` needs rows of "
         "more tokens than these bases take, `memory` a larger base: both are tried in tests/unit/test_preflight.py.",

@@ -13,15 +13,14 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from tunesmith.errors import RecipeError, several
+from tunesmith.recipe_data import SOURCE_KEYS, DataSource, DataSpec, MixPart
 from tunesmith.recipe_forget import ForgetSpec
 from tunesmith.recipe_preflight import PreflightSpec
 from tunesmith.recipe_rules import DEFAULTS, OWN_SECTIONS, SCORED, check_together, does_nothing, method_defaults
 from tunesmith.recipe_sections import (
-    DataSpec,
     DpoSpec,
     EvaluateSpec,
     GrpoSpec,
-    MixPart,
     Positive,
     PpoSpec,
     RewardModelSpec,
@@ -147,7 +146,7 @@ def examine(written: Written) -> tuple[Resolved | None, list[tuple[str, str]]]:
     try:
         recipe = Recipe.model_validate(dict(raw))
     except ValidationError as error:
-        return None, [_explain(item, lines, name) for item in error.errors()]
+        return None, [_explain(item, lines, name) for item in _meant(error)]
     problems, warnings = check_together(raw, recipe.model_dump())
     if problems:
         return None, [(key, _at(name, lines, key, text)) for key, text in problems]
@@ -179,7 +178,7 @@ def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, A
 
 def _section_of(annotation: Any) -> type[Section] | None:
     for candidate in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(candidate, type) and issubclass(candidate, Section) and candidate is not MixPart:
+        if isinstance(candidate, type) and issubclass(candidate, Section) and candidate not in (MixPart, DataSource):
             return candidate
     return None
 
@@ -205,9 +204,14 @@ def _read_extended(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], 
     return base, {**placed, **lines}, {**dict.fromkeys(base_origins, f"extends {parent}"), **origins}
 
 
+_PART_KEYS = frozenset(DataSource.model_fields) - {"path"}
+
+
 def merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:
     """Put `over` into `base`, section by section, `over` winning."""
     for key, value in over.items():
+        if isinstance(value, dict) and isinstance(base.get(key), str) and set(value) <= _PART_KEYS:
+            base[key] = {"path": base[key]}
         if isinstance(value, dict) and isinstance(base.get(key), dict):
             merge(base[key], value)
         else:
@@ -238,6 +242,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], origins: dict
             continue
         *parents, last = key.split(".")
         at: Any = raw
+        _open_source(raw, ".".join(parents), origins)
         for parent in parents:
             at = at.setdefault(parent, {}) if isinstance(at, dict) else None
         if not isinstance(at, dict):
@@ -248,6 +253,15 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], origins: dict
             del origins[old]
         origins |= dict.fromkeys(leaves({key: at[last]}), "override")
     return problems
+
+
+def _open_source(raw: Mapping[str, Any], key: str, origins: dict[str, str]) -> None:
+    """A source that is named by its path alone becomes a section, so that another key can stand beside the path."""
+    data, name = raw.get("data"), key.rpartition(".")[2]
+    if key in SOURCE_KEYS and isinstance(data, dict) and isinstance(data.get(name), str):
+        data[name] = {"path": data[name]}
+        if key in origins:
+            origins[f"{key}.path"] = origins.pop(key)
 
 
 def _unsupported(raw: Mapping[str, Any], lines: Lines, name: str) -> list[str]:
@@ -275,13 +289,25 @@ def _validate(raw: Mapping[str, Any], lines: Lines, name: str) -> Recipe:
     try:
         return Recipe.model_validate(dict(raw))
     except ValidationError as error:
-        problems = [_explain(item, lines, name)[1] for item in error.errors()]
+        problems = [_explain(item, lines, name)[1] for item in _meant(error)]
         raise several(problems, RecipeError, headline=f"{name} has {len(problems)} problem(s):") from None
 
 
+def _meant(error: ValidationError) -> list[Any]:
+    """The errors of what was written: of a source, those of the text or those of the section."""
+    return [
+        item for item in error.errors()
+        if not (item["loc"][-1:] == ("str",) and isinstance(item["input"], Mapping) and len(error.errors()) > 1)
+        and not (item["loc"][-1:] == (DataSource.__name__,) and item["type"] == "model_type")
+    ]  # fmt: skip
+
+
 def _explain(item: Any, lines: Lines, name: str) -> tuple[str, str]:
+    kinds = ("list[", "literal[")
     location = [
-        str(part) for part in item["loc"] if not (isinstance(part, str) and part.startswith(("list[", "literal[")))
+        str(part)
+        for part in item["loc"]
+        if part not in ("str", DataSource.__name__) and not (isinstance(part, str) and part.startswith(kinds))
     ]
     key, kind = ".".join(location), item["type"]
     if kind == "extra_forbidden":
@@ -320,8 +346,8 @@ def _suggest(key: str) -> str:
     """The nearest key of the same section, else the same word in another section."""
     prefix, _, last = key.rpartition(".")
     inside = [k.removeprefix(f"{prefix}.") for k in _all_keys() if k.rpartition(".")[0] == prefix]
-    if prefix.rpartition(".")[0] == "data.mix":
-        inside = list(MixPart.model_fields)
+    if prefix.rpartition(".")[0] == "data.mix" or prefix in SOURCE_KEYS:
+        inside = list((DataSource if prefix in SOURCE_KEYS else MixPart).model_fields)
     near = difflib.get_close_matches(last, inside, 1, 0.6)
     if near:
         return f"; did you mean `{near[0]}`?"

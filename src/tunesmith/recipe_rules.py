@@ -188,6 +188,18 @@ def _undone(raw: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[str
     return problems
 
 
+def _partial(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Sources that say how a part is drawn, and not how large it is."""
+    sources = [(f"data.{name}", data[name]) for name in ("train", "eval", "test") if isinstance(data[name], dict)]
+    sources += [(f"data.mix.{number}", part) for number, part in enumerate(data["mix"] or ())]
+    return [
+        (f"{key}.{name}", f"`{key}.{name}` is for a part of the rows: say of how many, as `{key}.rows`")
+        for key, source in sources
+        for name in ("balance", "seed")
+        if source["rows"] is None and source[name] not in (None, 0)
+    ]
+
+
 def _contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     data, train, stage = values["data"], values["train"], values["stage"]
     problems = []
@@ -210,6 +222,7 @@ def _contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     if values["tune"]["method"] == "head" and stage not in ("classify", "reward"):
         problems.append(("tune.method", "method head trains a new output head, which only classify and reward have; "
                          "take last_layers for a language model"))  # fmt: skip
+    problems += _partial(data)
     select = train["select_by"]
     measured = METRICS[stage] + (("reward",) if stage in SCORED and values["reward"] else ()) + metric_names(values)
     if select is not None and select not in measured:

@@ -8,6 +8,7 @@ import pytest
 from tests.assets import asset
 
 from tunesmith.data.check import check_records
+from tunesmith.data.part import drawn_part
 from tunesmith.data.records import Pair, input_text, output_text, read_records
 from tunesmith.errors import DataError
 
@@ -41,6 +42,19 @@ def test_the_truncated_imdb_pair_is_balanced_to_the_row():
         counts = Counter(record.label for record in side)
         assert (len(side), counts["0"] / len(side)) == (1000, 0.5)
     found = {finding.kind: finding for finding in check_records(*sides)}
+    assert "overlap" not in found and "0 0.500" in found["balance"].message
+
+
+def test_the_truncated_pair_is_made_again_from_the_whole_with_a_seed():
+    sides = [
+        drawn_part(read_records(asset(f"data/imdb/imdb_{n}.jsonl.gz"), stage="classify"), 1000, balance="label", seed=s)
+        for n, s in (("train", 0), ("test", 1))
+    ]
+    for side in sides:
+        counts = Counter(record.label for record in side)
+        assert (len(side), counts["0"] / 1000, counts["1"] / 1000) == (1000, 0.5, 0.5)
+    assert "1,000 of 24,996 rows, drawn by seed 0, balanced by label (0: 500, 1: 500)" in sides[0].narrowed[0]
+    found = {finding.kind: finding for finding in check_records(*sides, ngrams=False)}
     assert "overlap" not in found and "0 0.500" in found["balance"].message
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tunesmith.data.kinds import normalised
 from tunesmith.data.records import read_records
-from tunesmith.data.split import _cut, balanced, cap_per_key, split_records, without_personal
+from tunesmith.data.split import _cut, cap_per_key, split_records, without_personal
 from tunesmith.errors import DataError
 
 
@@ -94,12 +94,3 @@ def test_personal_data_is_left_out_and_counted(tmp_path):
     kept, counts = without_personal(_records(tmp_path, rows, "pretrain"))
     assert len(kept) == 3 == len(list(kept))
     assert set(counts) == {"e-mail address", "phone number", "credit card number", "IBAN"}
-
-
-def test_a_balanced_part_has_as_many_of_each_label(tmp_path):
-    records = _records(tmp_path, ROWS)
-    part = balanced(records, 100, 1)
-    assert Counter(record.label for record in part) == {"0": 100, "1": 100}
-    assert [r.text for r in balanced(records, 100, 1)] == [r.text for r in part]
-    with pytest.raises(DataError, match="600 rows of each label"):
-        balanced(records, 600, 1)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from tunesmith.data.cells import check_text, optional_text, text_at, value_at
+from tunesmith.data.corrections import corrected
 from tunesmith.data.detect import Layout
 from tunesmith.data.kinds import Chat, Labelled, Message, Prompt, Record, Text
 from tunesmith.data.preferences import dialogue_pair, pair_of, preference, ranking
@@ -25,26 +26,18 @@ ANSWERS = ("label", "completion", "answer", "output")
 def converter(layout: Layout, stage: str, template: Template | None) -> Callable[[Row], Record]:
     """The function that types a row of this layout."""
     columns = layout.columns
-    answer = _answer_column(columns, template)
+    answer = answer_column(columns, template)
     if template is not None:
-        return lambda row: _templated(_corrected(row, answer), columns, stage, template)
+        return lambda row: _templated(corrected(row, answer), columns, stage, template)
     make = _MAKERS[layout.format]
-    return lambda row: make(_corrected(row, answer), columns)
+    return lambda row: make(corrected(row, answer), columns)
 
 
-def _answer_column(columns: Mapping[str, str], template: Template | None) -> str | None:
+def answer_column(columns: Mapping[str, str], template: Template | None) -> str | None:
     """The column that holds what is learned of a row, where it is one."""
     learned = () if template is None else placeholders(template.completion)
     roles = [*learned, *ANSWERS]
     return next((columns.get(role, role) for role in roles if role in columns or role in learned), None)
-
-
-def _corrected(row: Row, answer: str | None) -> Row:
-    """A row that `tunesmith predict --to` wrote: a correction that was filled in takes the answer's place."""
-    right = row.values.get("correction") if "prediction" in row.values else None
-    if answer is None or right is None or (isinstance(right, str) and not right.strip()):
-        return row
-    return Row({**row.values, answer: right}, row.origin, row.raw)
 
 
 def _text(row: Row, columns: Mapping[str, str]) -> Text:

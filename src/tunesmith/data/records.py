@@ -6,7 +6,8 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 
-from tunesmith.data.convert import COMPLETED, converter, instances_of
+from tunesmith.data.convert import COMPLETED, answer_column, converter, instances_of
+from tunesmith.data.corrections import own_columns, remarks
 from tunesmith.data.detect import STAGES, Layout, Survey, recognise
 from tunesmith.data.files import DataFile
 from tunesmith.data.kinds import (
@@ -243,7 +244,8 @@ def read_records(
     samples = _samples(parts, skip=on_bad_row == "skip")
     layout = _layout(samples, stage, format, dict(columns or {}), made)
     skip = on_bad_row == "skip"
-    return RecordSet(parts, layout, stage=stage, template=made, skip_bad=skip, report_bad=report_bad, notes=found.notes)
+    notes = (*found.notes, *remarks(samples, answer_column(layout.columns, made)))
+    return RecordSet(parts, layout, stage=stage, template=made, skip_bad=skip, report_bad=report_bad, notes=notes)
 
 
 def _parts(files: tuple[DataFile, ...], hub: tuple[str, ...], stage: str, format: str | None) -> tuple[Part, ...]:
@@ -292,7 +294,8 @@ def _layout(
 ) -> Layout:
     """The one layout of all files; DataError naming the files that do not fit the first."""
     name, rows = samples[0]
-    survey = Survey(rows)
+    named = (*columns.values(), *(template.columns if template is not None else ()))
+    survey = Survey([own_columns(row, named) for row in rows])
     layout = (
         recognise(survey, stage=stage, name=format, given=columns, where=name)
         if template is None

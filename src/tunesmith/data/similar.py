@@ -1,4 +1,5 @@
-"""Rows that are nearly the same: MinHash over runs of tokens, with the runs that many rows share left out.
+"""Rows that are nearly the same: MinHash over runs of tokens, with the runs that many rows share left out; and short
+rows that differ in one place (`edits`), of which an edit leaves too few runs in common.
 
 Broder, "On the resemblance and containment of documents" (1997); bands as in Leskovec, Rajaraman and Ullman, "Mining of
 Massive Datasets", 3.4. Two rows are compared exactly before they are called similar.
@@ -12,6 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.edits import TOKENS, Edit, edited_rows
+from tunesmith.data.hashing import MIX, mixed
+
 RUN = 5
 """Tokens of a run (shingle)."""
 ALIKE = 0.8
@@ -24,7 +28,6 @@ _SHARED_ROWS, _SHARED_PART = 20, 50
 _FEWEST = 4
 _MAX_COMPARED = 20_000
 _BUCKETS = 20
-_MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +43,12 @@ class Similar:
     of: int
 
 
-def similar_rows(ids: NDArray[Any], bounds: NDArray[np.int64], of: int) -> Similar:
-    """Rows `ids[bounds[i]:bounds[i + 1]]` that are like an earlier one; rows below 8 tokens are not compared."""
+def similar_rows(ids: NDArray[Any], bounds: NDArray[np.int64], of: int, edit: Edit = TOKENS) -> Similar:
+    """Rows `ids[bounds[i]:bounds[i + 1]]` that are like an earlier one; rows below 8 tokens are not compared.
+
+    Like are rows that have `ALIKE` of all their runs in common, and rows of at most `edits.LONGEST` tokens that differ
+    in one place of `edit`'s size.
+    """
     rows = len(bounds) - 1
     row_of = np.repeat(np.arange(rows), np.diff(bounds))
     whole = _whole(ids, bounds, row_of)
@@ -50,21 +57,17 @@ def similar_rows(ids: NDArray[Any], bounds: NDArray[np.int64], of: int) -> Simil
     pairs = _candidates(hashes, owner, rows)
     pairs = pairs[whole[pairs[:, 0]] != whole[pairs[:, 1]]]
     kept = _compared(pairs, hashes, owner, rows)
-    return Similar(kept[first[kept[:, 0]] == kept[:, 0]], int((first != np.arange(rows)).sum()), rows, of)
+    kept = kept[first[kept[:, 0]] == kept[:, 0]]
+    edited = edited_rows(ids, bounds, first == np.arange(rows), edit)
+    both = np.concatenate([kept, edited[~np.isin(edited[:, 0], kept[:, 0])]])
+    return Similar(both[np.argsort(both[:, 0], kind="stable")], int((first != np.arange(rows)).sum()), rows, of)
 
 
 def _whole(ids: NDArray[Any], bounds: NDArray[np.int64], row_of: NDArray[np.int64]) -> NDArray[np.uint64]:
     """One hash for each row, of its tokens and their places."""
     place = (np.arange(len(ids)) - bounds[:-1][row_of]).astype(np.uint64)
-    mixed = _mixed(ids.astype(np.uint64) * _MIX + place)
-    return np.add.reduceat(mixed, bounds[:-1]) if len(ids) else np.zeros(0, np.uint64)
-
-
-def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Every bit depends on every bit (the finaliser of SplitMix64)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    terms = mixed(ids.astype(np.uint64) * MIX + place)
+    return np.add.reduceat(terms, bounds[:-1]) if len(ids) else np.zeros(0, np.uint64)
 
 
 def _first(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
@@ -81,9 +84,9 @@ def _runs(ids: NDArray[Any], row_of: NDArray[np.int64], rows: int) -> tuple[NDAr
     wide = ids.astype(np.uint64)
     total = np.zeros(count, np.uint64)
     for shift in range(RUN):
-        total = total * _MIX + wide[shift : shift + count]
+        total = total * MIX + wide[shift : shift + count]
     inside = row_of[:count] == row_of[RUN - 1 :]
-    hashes, owner = _mixed(total[inside]), row_of[:count][inside]
+    hashes, owner = mixed(total[inside]), row_of[:count][inside]
     buckets = (hashes >> np.uint64(64 - _BUCKETS)).astype(np.int64)
     often = max(_SHARED_ROWS, rows // _SHARED_PART) + 4 * (len(hashes) >> _BUCKETS)
     own = np.bincount(buckets, minlength=1 << _BUCKETS)[buckets] <= often
@@ -102,7 +105,7 @@ def _candidates(hashes: NDArray[np.uint64], owner: NDArray[np.int64], rows: int)
     for band in range(_BANDS):
         key = np.zeros(len(members), np.uint64)
         for a, b in factors[band * _PER_BAND : (band + 1) * _PER_BAND]:
-            key = _mixed(key + np.minimum.reduceat(short * a + b, starts).astype(np.uint64))
+            key = mixed(key + np.minimum.reduceat(short * a + b, starts).astype(np.uint64))
         first = _first(key)
         later = first != np.arange(len(members))
         found.append(np.stack([members[later], members[first[later]]], 1))

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
-from tunesmith.data.kinds import Labelled, Record, full_text, input_text, normalised
+from tunesmith.data.kinds import Record, full_text, input_text, normalised
 from tunesmith.data.records import RecordSet
 from tunesmith.data.rows import BadRow, Row
 from tunesmith.data.templates import Template
@@ -54,6 +54,7 @@ class Subset:
         self._count = count
         self.name = name
         self.narrowed: tuple[str, ...] = (*records.narrowed, *([note] if note else []))
+        self.notes: tuple[str, ...] = records.notes
         self.stage: str = records.stage
         self.format: str = records.format
         self.columns: Mapping[str, str] = records.columns
@@ -104,7 +105,8 @@ def _keys(records: RecordSet | Subset, key: Key | None) -> Iterator[str]:
             yield normalised(str(row.values[key]))
 
 
-def _draw(key: str, seed: int, purpose: str) -> int:
+def draw(key: str, seed: int, purpose: str) -> int:
+    """A number below 2^64 that depends on nothing else."""
     return int.from_bytes(hashlib.sha256(f"{purpose}\0{seed}\0{key}".encode()).digest()[:8], "big")
 
 
@@ -126,7 +128,7 @@ def split_records(
     names, shares = list(named), list(named.values())
     if not shares or any(share <= 0 for share in shares) or abs(sum(shares) - 1) > 1e-6:
         raise DataError(f"split: the shares {shares} must be above 0 and sum to 1")
-    draws = [_draw(key, seed, "split") for key in _keys(records, group_key)]
+    draws = [draw(key, seed, "split") for key in _keys(records, group_key)]
     part_of = _cut(Counter(draws), shares, len(draws))
     chosen = [part_of[draw] for draw in draws]
     counts = Counter(chosen)
@@ -166,7 +168,7 @@ def cap_per_key(records: RecordSet | Subset, key: Key, limit: int, *, seed: int 
         rows.setdefault(value, []).append(number)
     kept: set[int] = set()
     for numbers in rows.values():
-        kept.update(sorted(numbers, key=lambda number: _draw(str(number), seed, "cap"))[:limit])
+        kept.update(sorted(numbers, key=lambda number: draw(str(number), seed, "cap"))[:limit])
     total = sum(map(len, rows.values()))
     name = f"at most {limit} rows for each {key if isinstance(key, str) else 'key'}, seed {seed}"
     told = f"{name} ({total - len(kept)} of {total} left out)"
@@ -199,19 +201,3 @@ def narrowed(
     if not personal:
         records = without_personal(records)[0]
     return records if max_per_key is None or key is None else cap_per_key(records, key, max_per_key, seed=seed)
-
-
-def balanced(records: RecordSet | Subset, per_label: int, seed: int) -> Subset:
-    """`per_label` rows of every label, drawn by `seed`: how the truncated IMDb pair was made from the whole."""
-    rows: dict[str, list[int]] = {}
-    for number, record in enumerate(records):
-        if not isinstance(record, Labelled) or not isinstance(record.label, str):
-            raise DataError(f"{record.origin}: balancing needs rows with one label each")
-        rows.setdefault(record.label, []).append(number)
-    short = {label: len(numbers) for label, numbers in rows.items() if len(numbers) < per_label}
-    if short:
-        raise DataError(f"balancing: {per_label} rows of each label are asked for, and there are {short}")
-    kept: set[int] = set()
-    for label, numbers in rows.items():
-        kept.update(sorted(numbers, key=lambda number: _draw(f"{label}\0{number}", seed, "balance"))[:per_label])
-    return Subset(records, kept.__contains__, f"{per_label} rows of each label, seed {seed}", count=len(kept))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tunesmith.data.edits import WORDS
 from tunesmith.data.kinds import Labelled, Record, full_text, input_text, normalised, output_text
 from tunesmith.data.naming import place, short_names
 from tunesmith.data.similar import similar_rows
@@ -147,7 +148,7 @@ def _near(folded: Iterable[str]) -> list[tuple[int, int]]:
     rows = [row or [0] for row in rows]
     bounds = np.cumsum([0, *(len(row) for row in rows)])
     ids = np.asarray([i for row in rows for i in row], np.int64)
-    return [(a, b) for a, b in similar_rows(ids, bounds, len(rows)).pairs.tolist()]
+    return [(a, b) for a, b in similar_rows(ids, bounds, len(rows), WORDS).pairs.tolist()]
 
 
 def _group(kind: str, origins: Sequence[str], histories: dict[str, History], texts: dict[str, _Text]) -> Json:

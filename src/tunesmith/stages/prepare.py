@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
@@ -14,11 +14,9 @@ import torch
 
 from tunesmith.data.check import Finding, check_records
 from tunesmith.data.encode import Encoder
-from tunesmith.data.mix import Mixed
 from tunesmith.data.naming import place, short_names, shortened
 from tunesmith.data.prompts import PromptSet, encode_prompts
-from tunesmith.data.records import Labelled, Record, RecordSet, Text, read_records
-from tunesmith.data.split import Subset, narrowed, split_records
+from tunesmith.data.records import Labelled, Record, Text, read_records
 from tunesmith.data.store import SampleStore, build_store
 from tunesmith.errors import DataError, RecipeError, several
 from tunesmith.model.folder import resolve
@@ -33,6 +31,7 @@ from tunesmith.stages.job import Inputs, Job, text_tokens, trainable_spec, virtu
 from tunesmith.stages.load import NOTHING
 from tunesmith.stages.own_metrics import own_metrics
 from tunesmith.stages.probes import Reader
+from tunesmith.stages.sets import Records, Sets, bad_rows, left_out, locate, narrowings, read_sets
 
 STAGES: dict[str, ModuleType] = {
     "pretrain": pretrain, "mlm": mlm, "sft": sft, "classify": classify, "reward": reward, "dpo": dpo, "ppo": ppo,
@@ -41,78 +40,11 @@ STAGES: dict[str, ModuleType] = {
 ONLINE = ("ppo", "grpo")
 """Stages whose rows are prompts alone."""
 Say = Callable[[str], None]
-Records = Any
-"""Anything that gives records again and again and has a fingerprint."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sets:
-    """The records of a run by what they are for."""
-
-    train: Records
-    eval: Records | None
-    test: Records | None
 
 
 def cache_folder() -> Path:
     """Where encoded samples are kept: `TUNESMITH_CACHE`, or `~/.cache/tunesmith`."""
     return Path(os.environ.get("TUNESMITH_CACHE") or Path.home() / ".cache" / "tunesmith")
-
-
-def read_sets(recipe: Recipe, folder: Path) -> Sets:
-    """Open every data source of the recipe; nothing is held in memory."""
-    data = recipe.data
-
-    def read(spec: str, fmt: str | None = None, columns: Any = None, template: str | None = None) -> RecordSet:
-        return read_records(
-            locate(spec, folder), stage=recipe.stage, format=fmt or data.format, columns=columns or data.columns,
-            on_bad_row=data.on_bad_row, template=data.asked_by(template),
-        )  # fmt: skip
-
-    def narrow(records: RecordSet | Subset) -> RecordSet | Subset:
-        return narrowed(records, key=data.group_key, max_per_key=data.max_per_key,
-                        personal=data.on_personal == "keep", seed=recipe.seed)  # fmt: skip
-
-    if data.mix is not None:
-        parts = [(narrow(read(p.path, p.format, p.columns, p.template)), p.weight) for p in data.mix]
-        train: Records = Mixed(parts, recipe.seed)
-    else:
-        assert data.train is not None, "the recipe is checked"
-        train = read(data.train)
-    held_out = read(data.eval) if data.eval is not None else None
-    test = read(data.test) if data.test is not None else None
-    if data.split is not None:
-        train, split_eval, split_test = _split(recipe, train)
-        held_out, test = held_out or split_eval, test or split_test
-    return Sets(train if isinstance(train, Mixed) else narrow(train), held_out, test)
-
-
-def _split(recipe: Recipe, records: Records) -> tuple[Records, Records | None, Records | None]:
-    """(train, eval, test) as `data.split` shares them out; a share of 0 gives None."""
-    split = recipe.data.split
-    assert split is not None
-    if isinstance(records, Mixed):
-        raise RecipeError(
-            "data.split cannot divide data.mix; name data.eval and data.test, or split the parts beforehand"
-        )
-    shares = {"train": 1.0 - split.eval - split.test, "eval": split.eval, "test": split.test}
-    if shares["train"] <= 0:
-        raise RecipeError(f"data.split holds out {split.eval + split.test:g} of the rows; leave some to train on")
-    kept = {name: share for name, share in shares.items() if share > 0}
-    parts = dict(zip(kept, split_records(records, kept, recipe.seed, group_key=recipe.data.group_key), strict=True))
-    return parts["train"], parts.get("eval"), parts.get("test")
-
-
-def locate(spec: str, folder: Path) -> str:
-    """A path of the recipe, `FOLDER:split` too: relative to the recipe's folder when something is there, else as it
-    stands."""
-    if Path(spec).is_absolute():
-        return spec
-    beside, split_of = (folder / Path(text).expanduser() for text in (spec, spec.rpartition(":")[0]))
-    found = beside.exists() or (":" in spec and split_of != folder and split_of.is_dir())
-    if found or (any(c in spec for c in "*?[") and list(folder.glob(spec))):
-        return str(beside)
-    return spec
 
 
 def labels_of(records: Iterable[Record]) -> tuple[str, ...]:
@@ -137,7 +69,7 @@ def make_inputs(
     """
     labels = label_names(recipe, sets) if recipe.stage == "classify" else ()
     noticed = look_at(recipe, sets, marks=special_texts(tokenizer))
-    findings = [*map(str, noticed), *left_out(sets), *(f"training: {t}" for t in sets.train.narrowed)]
+    findings = [*map(str, noticed), *left_out(sets), *narrowings(sets)]
     for finding in findings:
         say(finding)
     encoder = make_encoder(recipe, tokenizer, labels, context_tokens)
@@ -167,26 +99,6 @@ def make_inputs(
         tuple({**row, "origin": place(row["origin"], called)} for row in bad_rows(sets)),
         findings=tuple(noticed),
     )
-
-
-def bad_rows(sets: Sets) -> tuple[dict[str, str], ...]:
-    """The rows passed over (the first 1,000 of each data set), once each although parts of a split share their file."""
-    found: dict[str, dict[str, str]] = {}
-    for name, records in (("training", sets.train), ("held-out", sets.eval), ("test", sets.test)):
-        for row in () if records is None else records.bad_rows:
-            found.setdefault(row.origin, {"set": name, **row.as_dict()})
-    return tuple(found.values())
-
-
-def left_out(sets: Sets) -> list[str]:
-    """Rows passed over under `data.on_bad_row: skip`, counted and, the first of them, named."""
-    found = []
-    for name, records in (("training", sets.train), ("held-out", sets.eval), ("test", sets.test)):
-        if records is not None and records.num_bad:
-            first = [str(row.origin) for row in records.bad_rows[:5]]
-            where = f" ({', '.join(first)}{', ...' if records.num_bad > len(first) else ''})" if first else ""
-            found.append(f"warning: {records.num_bad:,} bad {name} rows left out{where}")
-    return found
 
 
 def special_texts(tokenizer: Any) -> tuple[str, ...]:
