@@ -22,9 +22,11 @@ check: $(STAMP)
 	$(PY) -m ruff check src tests examples benchmarks evidence
 	$(PY) -m pyright
 
-# PART=sft_lora for one part; without it, all of them.
+# PART=sft_lora for one part; without it, all of them. PEERS="litgpt llamafactory" installs these too. DEVICE=cuda: on a
+# GPU. ROUNDS=5: turns of each.
 bench: $(STAMP)
-	$(PY) benchmarks/run.py $(addprefix --part ,$(PART))
+	$(PY) benchmarks/run.py $(addprefix --part ,$(PART)) $(addprefix --peers ,$(PEERS)) $(addprefix --device ,$(DEVICE)) \
+		$(addprefix --rounds ,$(ROUNDS))
 
 evidence: $(STAMP)
 	$(PY) evidence/run.py

@@ -14,10 +14,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from environments import PEERS, PROGRAMS
+from material import reward_model
+
 HERE = Path(__file__).parent
 WARM_UP_STEPS = 2
 GROUP = 4
-"""Completions of a prompt in grpo."""
+"""Completions of a prompt in grpo and ppo."""
+MINIBATCHES = 1
+"""Optimizer steps in a pass over a round of ppo; with four passes, TRL's defaults."""
+KL_COEF = 0.05
+"""Price of the KL in ppo, TRL's default."""
+
+
+_COMPARED = {"ppo": ("reward", "value_loss", "ratio")}
+"""What of a line of metrics.jsonl stands beside a peer's numbers, where it is not the loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +46,26 @@ class Work:
     precision: str = "bfloat16"
     threads: int = 2
     max_tokens: int = 64
+    device: str = "cpu"
+    temperature: float = 1.0
+    epochs: int = 4
+    reward: Path | None = None
+
+    @property
+    def steps_a_round(self) -> int:
+        """Optimizer steps that make one step of the work: ppo counts rounds."""
+        return self.epochs * MINIBATCHES if self.kind == "ppo" else 1
 
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """Who does it, with the settings tried; `tunesmith` is us, with a user's defaults."""
+    """Who does it, with the settings tried; `tunesmith` is us, with a user's defaults. `needs` are packages that the
+    settings ask for."""
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    program: str = "trl"
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +80,12 @@ class Outcome:
     error: str = ""
 
 
-def run_contest(
-    work: Work, contestants: Sequence[Contestant], peers_python: Path, *, rounds: int
-) -> dict[str, list[Outcome]]:
-    """`rounds` turns of every contestant, interleaved."""
+def run_contest(work: Work, contestants: Sequence[Contestant], *, rounds: int) -> dict[str, list[Outcome]]:
+    """`rounds` turns of every contestant, interleaved; their environments are there."""
     found: dict[str, list[Outcome]] = {contestant.name: [] for contestant in contestants}
     for number in range(rounds):
         for contestant in contestants:
-            outcome = _turn(work, contestant, peers_python)
+            outcome = _turn(work, contestant)
             found[contestant.name].append(outcome)
             shown = outcome.error or f"{outcome.tokens_per_second:,.1f} tokens/s"
             print(f"{work.name} round {number + 1}/{rounds} {contestant.name}: {shown}", file=sys.stderr, flush=True)
@@ -77,12 +98,10 @@ def median(outcomes: Sequence[Outcome]) -> Outcome | None:
     return ran[len(ran) // 2] if ran else None
 
 
-def _turn(work: Work, contestant: Contestant, peers_python: Path) -> Outcome:
+def _turn(work: Work, contestant: Contestant) -> Outcome:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        command = (
-            _ours(work, folder) if contestant.name == "tunesmith" else _peer(work, contestant, peers_python, folder)
-        )
+        command = _ours(work, folder) if contestant.name == "tunesmith" else _peer(work, contestant, folder)
         environment = {
             **os.environ, "OMP_NUM_THREADS": str(work.threads), "TUNESMITH_CACHE": str(folder / "cache"),
             "HF_DATASETS_CACHE": str(folder / "datasets"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
@@ -114,10 +133,13 @@ def _ours(work: Work, folder: Path) -> list[str]:
     import yaml
 
     recipe = {
-        "stage": work.kind, "base": str(work.model), "precision": work.precision, "threads": work.threads,
+        "stage": work.kind, "base": str(work.model), "precision": work.precision, "device": work.device,
+        "threads": work.threads,
         "data": {"train": str(work.data), "max_length": 2048 if work.kind != "classify" else 512},
         "tune": {"method": work.method, **({"rank": 16, "alpha": 32} if work.method == "lora" else {})},
-        "train": {"steps": work.steps, "batch_examples": work.batch, "learning_rate": work.learning_rate},
+        "train": {
+            "steps": work.steps * work.steps_a_round, "batch_examples": work.batch, "learning_rate": work.learning_rate,
+        },
     }  # fmt: skip
     if work.kind == "classify":
         recipe["data"]["on_too_long"] = "truncate_left"
@@ -126,25 +148,34 @@ def _ours(work: Work, folder: Path) -> list[str]:
         recipe["sampling"] = {"max_tokens": work.max_tokens, "continue_prompt": True}
         recipe["grpo"] = {"prompts": work.batch // GROUP, "group": GROUP}
         del recipe["train"]["batch_examples"]
+    if work.kind == "ppo":
+        recipe["reward"] = {"run": str(work.reward)}
+        recipe["sampling"] = {
+            "max_tokens": work.max_tokens, "continue_prompt": True, "num_per_prompt": GROUP,
+            "temperature": work.temperature,
+        }  # fmt: skip
+        recipe["ppo"] = {
+            "rollouts": work.batch, "epochs": work.epochs, "minibatches": MINIBATCHES, "kl_coef": KL_COEF,
+        }  # fmt: skip
+        del recipe["train"]["batch_examples"]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return [sys.executable, "-m", "tunesmith", "train", "recipe.yaml", "--run", str(folder / "run"), "--json"]
 
 
-def _peer(work: Work, contestant: Contestant, python: Path, folder: Path) -> list[str]:
-    script = HERE / "peers" / ("generate.py" if work.kind == "generate" else "train.py")
-    return [str(python), str(script), str(_spec(work, contestant, folder))]
+def _peer(work: Work, contestant: Contestant, folder: Path) -> list[str]:
+    program = PROGRAMS[contestant.program]
+    script = PEERS / ("generate.py" if work.kind == "generate" else program.script)
+    return [str(program.python), str(script), str(_spec(work, contestant, folder))]
 
 
 def _spec(work: Work, contestant: Contestant, folder: Path) -> Path:
     spec = {
-        "kind": work.kind, "model": str(work.model), "data": str(work.data), "method": work.method,
-        "batch": work.batch, "steps": work.steps, "learning_rate": work.learning_rate, "precision": work.precision,
-        "threads": work.threads, "max_tokens": work.max_tokens, "group": GROUP,
-        "settings": dict(contestant.settings),
-        "output": str(folder / "peer"),
+        **{name: getattr(work, name) for name in Work.__dataclass_fields__}, "group": GROUP, "minibatches": MINIBATCHES,
+        "kl_coef": KL_COEF, "settings": dict(contestant.settings), "output": str(folder / "peer"),
+        "reward": reward_model(work.reward) if work.reward else None,
     }  # fmt: skip
     path = folder / "spec.json"
-    path.write_text(json.dumps(spec), encoding="utf-8")
+    path.write_text(json.dumps(spec, default=str), encoding="utf-8")
     return path
 
 
@@ -152,10 +183,11 @@ def _outcome(work: Work, contestant: Contestant, folder: Path, wall: float, firs
     answer = json.loads((folder / "out").read_text(encoding="utf-8").strip().splitlines()[-1])
     if contestant.name == "tunesmith" and work.kind != "generate":
         timings, metrics = (_rows(folder / "run" / name) for name in ("timings.jsonl", "metrics.jsonl"))
+        each = work.steps_a_round
         answer = {
-            "seconds": [row["seconds"] for row in timings],
-            "tokens": [_tokens(work, row["tokens"]) for row in timings],
-            "losses": [row["loss"] for row in metrics],
+            "seconds": [sum(row["seconds"] for row in timings[i : i + each]) for i in range(0, len(timings), each)],
+            "tokens": [_tokens(work, row["tokens"]) for row in timings[::each]],
+            "losses": [row[name] for row in metrics for name in _COMPARED.get(work.kind, ("loss",))],
             "peak_memory_bytes": answer["peak_memory_bytes"],
         }
     skip = min(WARM_UP_STEPS, len(answer["seconds"]) - 1)
@@ -166,7 +198,7 @@ def _outcome(work: Work, contestant: Contestant, folder: Path, wall: float, firs
 
 def _tokens(work: Work, seen: int) -> int:
     """Tokens of a step: those of its rows; where they are sampled, what is asked for (no one ends before it)."""
-    return work.batch * work.max_tokens if work.kind == "grpo" else seen
+    return work.batch * work.max_tokens if work.kind in ("grpo", "ppo") else seen
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

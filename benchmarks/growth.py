@@ -27,7 +27,7 @@ US = Contestant("tunesmith")
 
 def measured(work: Work) -> Outcome:
     """One run; stops the script where it fails."""
-    outcome = run_contest(work, [US], Path(sys.executable), rounds=1)["tunesmith"][0]
+    outcome = run_contest(work, [US], rounds=1)["tunesmith"][0]
     if outcome.error:
         raise SystemExit(f"{work.name}: {outcome.error}")
     return outcome

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,19 +37,77 @@ SHAPES = {
     "0.5B": Shape(896, 24, 14, 2, 4864, 151936, 8192),
     "1.5B": Shape(1536, 28, 12, 2, 8960, 151936, 8192),
 }
+_ENCODER = Shape(384, 6, 12, 12, 1536, 30522, 512)
 
 
-def model_folder(root: Path, name: str) -> Path:
-    """The model and its tokenizer under `root`, made at the first call."""
-    folder = root / name
+def model_folder(root: Path, name: str, *, scores: bool = False) -> Path:
+    """The model under `root` (with a head of one score, if asked for), made at the first call, and its tokenizer.
+
+    Decoded text read again gives the same tokens: what is sampled reaches a reward model as it was.
+    """
+    folder = root / (f"{name}-score" if scores else name)
     if not (folder / "model.safetensors").exists():
-        _write_model(folder, SHAPES[name])
+        _write_model(folder, SHAPES[name], scores)
+    _write_tokenizer(folder, SHAPES[name])
     return folder
 
 
-def _write_model(folder: Path, shape: Shape) -> None:
+def encoder_folder(root: Path) -> Path:
+    """A BERT of the shape of all-MiniLM-L6-v2 with random weights and two classes, made at the first call."""
+    folder = root / "encoder-22M"
+    if not (folder / "model.safetensors").exists():
+        import torch
+        from transformers import BertConfig, BertForSequenceClassification
+
+        torch.manual_seed(0)
+        config = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536, num_labels=2, pad_token_id=0)
+        BertForSequenceClassification(config).save_pretrained(folder)
+        _write_tokenizer(folder, _ENCODER)
+    return folder
+
+
+def classify_rows(root: Path) -> Path:
+    """1,000 labelled rows with the lengths of film reviews: 60 to 700 words, of which 512 are read."""
+    return rows_file(root, "labelled", 1000, _ENCODER.vocabulary)
+
+
+def shape_of(model: Path) -> Shape | None:
+    """The shape of a folder of `model_folder`; None for another's."""
+    return SHAPES.get(model.name.removesuffix("-score"))
+
+
+def reward_run(root: Path, name: str) -> Path:
+    """A finished run of stage reward of the shape, and so a reward model that both sides can open; made once."""
+    import yaml
+
+    from tunesmith.stages import from_run
+
+    folder = root / f"{name}-reward"
+    if not (folder / "final").exists():
+        recipe = {
+            "stage": "reward", "base": str(model_folder(root, name, scores=True)), "precision": "float32",
+            "data": {"train": str(rows_file(root, "preferences", 8, SHAPES[name].vocabulary))},
+            "tune": {"method": "full"}, "reward_model": {"calibrate": False},
+            "train": {"steps": 1, "batch_examples": 4, "learning_rate": 1e-5},
+        }  # fmt: skip
+        path = root / f"{name}-reward.yaml"
+        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        command = [sys.executable, "-m", "tunesmith", "train", str(path), "--run", str(folder), "--json"]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    from_run.model_folder(folder)
+    return folder
+
+
+def reward_model(run: Path) -> Path:
+    """The plain model folder of a `reward_run`."""
+    from tunesmith.stages import from_run
+
+    return from_run.model_folder(run)
+
+
+def _write_model(folder: Path, shape: Shape, scores: bool) -> None:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -62,9 +122,9 @@ def _write_model(folder: Path, shape: Shape) -> None:
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
+        **({"num_labels": 1} if scores else {}),
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    _write_tokenizer(folder, shape)
+    (LlamaForSequenceClassification if scores else LlamaForCausalLM)(config).save_pretrained(folder)
 
 
 def _write_tokenizer(folder: Path, shape: Shape) -> None:
@@ -74,7 +134,7 @@ def _write_tokenizer(folder: Path, shape: Shape) -> None:
     words = [*SPECIAL, *(f"w{i}" for i in range(shape.vocabulary - len(SPECIAL)))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.decoder = decoders.Fuse()
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("w", " w"), decoders.Fuse()])
     names = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=shape.positions, **names)
     fast.save_pretrained(folder)
@@ -117,4 +177,8 @@ def _prompt(draw: np.random.Generator, vocabulary: int) -> dict[str, str]:
     return {"prompt": _words(draw, 12, 40, vocabulary)}
 
 
-_ROWS = {"pairs": _pair, "long": _long, "preferences": _preference, "prompts": _prompt}
+def _labelled(draw: np.random.Generator, vocabulary: int) -> dict[str, str | int]:
+    return {"text": _words(draw, 60, 700, vocabulary), "label": int(draw.integers(0, 2))}
+
+
+_ROWS = {"pairs": _pair, "long": _long, "preferences": _preference, "prompts": _prompt, "labelled": _labelled}

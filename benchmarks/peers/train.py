@@ -6,35 +6,28 @@ passed to the peer's own config on top of what makes the runs comparable (rows a
 
 from __future__ import annotations
 
-import json
-import os
-import resource
-import sys
 import time
-from pathlib import Path
 
-import torch
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
+from timing import Times, answer, read_spec, seconds_now
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-class Clock(TrainerCallback):
+class Clock(TrainerCallback, Times):
     """Seconds of every optimizer step, and the losses the trainer logs."""
 
     def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.losses: list[float] = []
+        Times.__init__(self)
         self._started = 0.0
-        self.first = 0.0
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
-        self._started = time.perf_counter()
+        self._started = seconds_now()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.seconds.append(time.perf_counter() - self._started)
+        self.seconds.append(seconds_now() - self._started)
         self.first = self.first or time.time()
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
@@ -54,7 +47,7 @@ def common(spec: dict) -> dict:
         "max_steps": spec["steps"],
         "learning_rate": spec["learning_rate"],
         "per_device_train_batch_size": spec["batch"],
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": spec["device"] == "cpu",
         "bf16": spec["precision"] == "bfloat16",
         "logging_steps": 1,
         "report_to": "none",
@@ -81,8 +74,8 @@ def token_counter(trainer, counts: list[int]):
 
 
 def build(spec: dict, clock: Clock):
-    """The peer's trainer for the spec."""
-    kind = spec["kind"]
+    """The peer's trainer for the spec; `load` of its settings goes to `from_pretrained`."""
+    kind, load = spec["kind"], spec["settings"].pop("load", {})
     data = load_dataset("json", data_files=spec["data"], split="train")
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
     if kind == "classify":
@@ -92,10 +85,11 @@ def build(spec: dict, clock: Clock):
     config = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig, "reward": trl.RewardConfig, "grpo": trl.GRPOConfig}[kind]
     trainer = {"sft": trl.SFTTrainer, "dpo": trl.DPOTrainer, "reward": trl.RewardTrainer, "grpo": trl.GRPOTrainer}[kind]
     if kind == "reward":
-        model = AutoModelForSequenceClassification.from_pretrained(spec["model"], num_labels=1)
+        model = AutoModelForSequenceClassification.from_pretrained(spec["model"], num_labels=1, **load)
         lora = adapter(spec, "SEQ_CLS", ALL_LINEAR)
     else:
-        model, lora = AutoModelForCausalLM.from_pretrained(spec["model"]), adapter(spec, "CAUSAL_LM", ALL_LINEAR)
+        model = AutoModelForCausalLM.from_pretrained(spec["model"], **load)
+        lora = adapter(spec, "CAUSAL_LM", ALL_LINEAR)
     extra = {"reward_funcs": lambda completions, **_: [float(len(c)) for c in completions]} if kind == "grpo" else {}
     more = {}
     if kind == "grpo":
@@ -126,28 +120,26 @@ def _classifier(spec: dict, data, tokenizer, clock: Clock):
     )
 
 
-def started_at() -> float:
-    """When this process began, seconds since 1970."""
-    ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    booted = next(float(line.split()[1]) for line in Path("/proc/stat").read_text().splitlines() if "btime" in line)
-    return booted + ticks / os.sysconf("SC_CLK_TCK")
+def step_tokens(counts: list[int], steps: int) -> list[int]:
+    """Tokens of every step from those of its micro-batches."""
+    each = len(counts) // max(1, steps)
+    return [sum(counts[i * each : (i + 1) * each]) for i in range(steps)]
+
+
+def run(spec: dict, trainer, clock: Clock) -> None:
+    """Train, and answer with the real tokens of every step; of grpo, those that are asked for."""
+    counts: list[int] = []
+    token_counter(trainer, counts)
+    trainer.train()
+    tokens = step_tokens(counts, len(clock.seconds))
+    if spec["kind"] == "grpo":
+        tokens = [spec["batch"] * spec["max_tokens"]] * len(clock.seconds)
+    answer(clock, tokens)
 
 
 def main() -> None:
-    spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    torch.set_num_threads(spec["threads"])
-    clock, counts = Clock(), []
-    trainer = build(spec, clock)
-    token_counter(trainer, counts)
-    trainer.train()
-    each = len(counts) // max(1, len(clock.seconds))
-    tokens = [sum(counts[i * each : (i + 1) * each]) for i in range(len(clock.seconds))]
-    if spec["kind"] == "grpo":
-        tokens = [spec["batch"] * spec["max_tokens"]] * len(clock.seconds)
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    answer = {"seconds": clock.seconds, "tokens": tokens, "losses": clock.losses, "peak_memory_bytes": peak}
-    print(json.dumps(answer | {"first_step_seconds": clock.first - started_at()}))
+    spec, clock = read_spec(), Clock()
+    run(spec, build(spec, clock), clock)
 
 
 if __name__ == "__main__":
