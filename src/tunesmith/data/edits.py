@@ -46,7 +46,7 @@ def edited_rows(ids: NDArray[np.integer], bounds: Ints, candidates: NDArray[np.b
     """Pairs (row, an earlier one) `[n, 2]` that differ in one place, each row once, among the `candidates`.
 
     No pair: rows of which more than `SLOT_ROWS` differ at one place and nowhere else, and rows that share less than
-    three pairs of neighbouring tokens of their own, or mostly those of a form.
+    three pairs of neighbouring tokens of their own, or, behind a form's beginning, mostly those of a form.
     """
     lengths = np.diff(bounds)
     chosen = np.flatnonzero(candidates & (lengths >= edit.fewest) & (lengths <= LONGEST))
@@ -106,7 +106,7 @@ class _Short:
         flags = np.diff(self.own[start : end + 1]).astype(bool)
         shared = np.concatenate([flags[1:at], flags[at + size + 1 :]])
         where = np.flatnonzero(shared)
-        return len(where) >= _FEWEST_OWN and 2 * len(where) >= where[-1] - where[0] + 1
+        return len(where) >= _FEWEST_OWN and 2 * len(where) >= len(shared) - where[0]
 
 
 def _own(ids: NDArray[np.integer], place: Ints, rows: int) -> NDArray[np.bool_]:
