@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+_MADE = "2"
+"""Goes up when what a model's folder holds changes: folders of an earlier call are written again."""
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 
@@ -41,14 +43,15 @@ _ENCODER = Shape(384, 6, 12, 12, 1536, 30522, 512)
 
 
 def model_folder(root: Path, name: str, *, scores: bool = False) -> Path:
-    """The model under `root` (with a head of one score, if asked for), made at the first call, and its tokenizer.
+    """The model and its tokenizer under `root` (with a head of one score, if asked for), made at the first call.
 
     Decoded text read again gives the same tokens: what is sampled reaches a reward model as it was.
     """
     folder = root / (f"{name}-score" if scores else name)
-    if not (folder / "model.safetensors").exists():
+    made = root / f"{folder.name}.made"
+    if not made.exists() or made.read_text(encoding="utf-8") != _MADE:
         _write_model(folder, SHAPES[name], scores)
-    _write_tokenizer(folder, SHAPES[name])
+        made.write_text(_MADE, encoding="utf-8")
     return folder
 
 
@@ -122,9 +125,10 @@ def _write_model(folder: Path, shape: Shape, scores: bool) -> None:
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        **({"num_labels": 1} if scores else {}),
+        **({"id2label": {0: "reward"}, "label2id": {"reward": 0}} if scores else {}),  # tunesmith keeps this head
     )
     (LlamaForSequenceClassification if scores else LlamaForCausalLM)(config).save_pretrained(folder)
+    _write_tokenizer(folder, shape)
 
 
 def _write_tokenizer(folder: Path, shape: Shape) -> None:

@@ -99,9 +99,11 @@ def _verdict(name: str, ours: Outcome, theirs: Outcome) -> str:
 
 
 def flops_share(work: Work, outcome: Outcome, ceiling: float) -> str:
-    """Share of the matmul rate: 2 forward + 2 backward (+ 2 for weight gradients) per weight and token, no head."""
+    """Share of the matmul rate: 2 forward + 2 backward (+ 2 for weight gradients) per weight and token, no head.
+
+    Nothing for work that is mostly sampling."""
     shape = shape_of(work.model)
-    if shape is None or work.kind == "generate":
+    if shape is None or work.kind in ("generate", "ppo"):
         return ""
     head = shape.width // shape.heads
     attention = shape.width * (2 * shape.width + 2 * head * shape.key_value_heads)

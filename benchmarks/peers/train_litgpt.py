@@ -76,6 +76,7 @@ def train(spec: dict, output: Path) -> None:
     if spec["method"] == "full":
         full.setup(**shared)
         return
+    lora.merge_lora = lambda **_: None  # after training it reads its own command line, which this is not
     every = dict.fromkeys(("query", "key", "value", "projection", "mlp"), True)
     lora.setup(**shared, lora_r=16, lora_alpha=32, lora_dropout=0.0, **{f"lora_{k}": v for k, v in every.items()})
 

@@ -19,7 +19,7 @@ from transformers import Trainer  # noqa: E402
 
 
 def arguments(spec: dict) -> dict:
-    """The run as its YAML would say it; `vanilla` is the template that adds nothing but the end token."""
+    """The run as its YAML would say it; the template `fewshot` adds white space (no token here) and the end token."""
     folder = Path(spec["output"]) / "data"
     folder.mkdir(parents=True)
     columns = {"prompt": "prompt", "response": "completion"}
@@ -27,7 +27,7 @@ def arguments(spec: dict) -> dict:
     (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
     lora = {"finetuning_type": "lora", "lora_rank": 16, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target": "all"}
     return {
-        "stage": "sft", "do_train": True, "model_name_or_path": spec["model"], "template": "vanilla",
+        "stage": "sft", "do_train": True, "model_name_or_path": spec["model"], "template": "fewshot",
         "dataset": "bench", "dataset_dir": str(folder), "cutoff_len": 2048, "overwrite_cache": True,
         **(lora if spec["method"] == "lora" else {"finetuning_type": "full"}),
         **common(spec),
