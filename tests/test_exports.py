@@ -36,8 +36,8 @@ SIGNATURES = {
 }
 ERRORS = {
     "DataError": ValueError, "DiskError": RuntimeError, "Interrupted": Exception, "ModelError": ValueError,
-    "NonFiniteError": ArithmeticError, "RecipeError": ValueError, "RewardError": ValueError, "RunError": RuntimeError,
-    "TunesmithError": Exception,
+    "NonFiniteError": ArithmeticError, "OutOfMemoryError": MemoryError, "RecipeError": ValueError,
+    "RewardError": ValueError, "RunError": RuntimeError, "TunesmithError": Exception,
 }  # fmt: skip
 
 

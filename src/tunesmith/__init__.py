@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         Interrupted,
         ModelError,
         NonFiniteError,
+        OutOfMemoryError,
         RecipeError,
         RewardError,
         RunError,
@@ -54,8 +55,8 @@ _WHERE = {
         "resume", "runs_diff", "runs_list", "runs_show", "sample", "selftest", "serve", "train", "winrate",
     ),
     "errors": (
-        "DataError", "DiskError", "Interrupted", "ModelError", "NonFiniteError", "RecipeError", "RewardError",
-        "RunError", "TunesmithError",
+        "DataError", "DiskError", "Interrupted", "ModelError", "NonFiniteError", "OutOfMemoryError", "RecipeError",
+        "RewardError", "RunError", "TunesmithError",
     ),
     "recipe": ("load_recipe",),
 }  # fmt: skip
@@ -67,6 +68,7 @@ __all__ = [
     "Interrupted",
     "ModelError",
     "NonFiniteError",
+    "OutOfMemoryError",
     "RecipeError",
     "RewardError",
     "RunError",
