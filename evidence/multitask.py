@@ -103,9 +103,9 @@ def _tasks(runs: dict[tuple[str, int], Path], sizes: dict[str, int]) -> list[str
     head = ("way", "seed", "tokens", *(f"loss, {task}" for task in TASKS), "sentiment right")
     note = (
         f"tunesmith/reviews-1m, all 1,377,408 parameters. Instructions: data/instruction, {sizes['instructions']} "
-        f"rows to train on. Sentiment: IMDB reviews (their last {WORDS} words) and a question, {sizes['sentiment']:,} rows. "
-        f"Every way reads {ROWS:,} rows of each task: at once in a mix of weight 1 to 1, or one task after the other in "
-        "two stages of a chain, each with its own schedule. 16 rows a step, rate 1e-3. Held out: "
+        f"rows to train on. Sentiment: IMDB reviews (their last {WORDS} words) and a question, {sizes['sentiment']:,} "
+        f"rows. Every way reads {ROWS:,} rows of each task: at once in a mix of weight 1 to 1, or one task after the "
+        "other in two stages of a chain, each with its own schedule. 16 rows a step, rate 1e-3. Held out: "
         f"{HELD_OUT['instructions']} instructions, {HELD_OUT['sentiment']} reviews. Loss in nats a token of the "
         "answer; right is greedy and letter for letter."
     )
