@@ -25,7 +25,7 @@ AUTHORS = {
 }
 """What each signs with, the marks given just before it included: cut off, since they would be learned first."""
 SETS = {"train": ("imdb_unsup",), "held": ("imdb_train", "imdb_test")}
-SEEDS = (42, 43)
+SEEDS = (42,)
 NUM_REPLICATES = 2000
 
 
@@ -96,10 +96,11 @@ def _what(texts: dict[str, dict[str, list[str]]], runs: dict[tuple[str, int], Pa
     note = (
         "The authors are three people who sign their film reviews in the IMDB set, each with the same words every "
         "time; here they stand by initials. The signature, and the marks given just before it, are cut off. Trained "
-        "on: their reviews in the unlabelled part, 4 epochs, all 1,377,408 parameters of tunesmith/reviews-1m. Held "
+        "on: their reviews in the unlabelled part, 24 steps, all 1,377,408 parameters of tunesmith/reviews-1m. Held "
         "out: those in the labelled parts. The base has read the unlabelled part twice, these reviews among 50,000: it "
         "knows film reviews, and none of those held out. So this is one person's manner within one kind of text, on "
-        "other films than were trained on; how two books differ is easier to learn. Rates and epochs were not tuned."
+        "other films than were trained on; how two books differ is easier to learn. The rate is 2e-4; "
+        "at 1e-3 so few reviews are learned by heart (docs/log.md)."
     )
     return f"{note}\n\n{table(('author', 'trained on', 'held out', 'steps', 'tokens'), rows)}"
 
