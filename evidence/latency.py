@@ -45,8 +45,11 @@ def main() -> None:
     where, options = place("latency", parser)
     where.runs.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    models = [_three("all-MiniLM-L6-v2, 128 tokens", load_backbone(needs_encoder(where), "classifier", label_names=["0", "1"]).base_model, 30522),
-              _three(f"{BASE}, 128 tokens", load_backbone(BASE, "causal"), 4096)]  # fmt: skip
+    encoder = load_backbone(needs_encoder(where), "classifier", label_names=["0", "1"]).base_model
+    models = [
+        _three("all-MiniLM-L6-v2, 128 tokens", encoder, 30522),
+        _three(f"{BASE}, 128 tokens", load_backbone(BASE, "causal"), 4096),
+    ]
     passes = "\n\n".join([_PASSES.format(options.passes), _passes(models, options.passes)])
     run = _tuned(where)
     sections = [passes, _served(run, options.requests), _predicted(where, run)]
