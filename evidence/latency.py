@@ -41,7 +41,7 @@ Url = tuple[str, int]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--passes", type=int, default=100, help="passes of each model, interleaved")
-    parser.add_argument("--requests", type=int, default=40, help="requests of each client")
+    parser.add_argument("--requests", type=int, default=30, help="requests of each client")
     where, options = place("latency", parser)
     where.runs.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
@@ -121,8 +121,9 @@ def _tuned(where: Place) -> Path:
 def _served(run: Path, requests: int) -> str:
     """The server as a process of its own: latency by clients, refusals, its memory, and how it ends."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tunesmith", "serve", str(run), "--port", "0"], stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-m", "tunesmith", "serve", str(run), "--port", "0"], stderr=subprocess.PIPE, text=True,
+        preexec_fn=_heed_interrupts,
+    )  # fmt: skip
     log: list[str] = []
     try:
         url = _address(process, log)
@@ -148,6 +149,11 @@ def _served(run: Path, requests: int) -> str:
     )
     parts = [f"## Served\n\n{note}", table(head, rows), table(("malformed", "status", "answer"), refused), ended]
     return "\n\n".join(parts)
+
+
+def _heed_interrupts() -> None:
+    """A shell's background jobs, and all they start, ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _address(process: subprocess.Popen[str], log: list[str]) -> Url:

@@ -20,14 +20,14 @@ from common import ROOT, Place, interval, needs_encoder, place, rows_of, table, 
 
 RECIPE = ROOT / "examples" / "imdb_lora" / "recipe.yaml"
 QUERY = "{method: lora, rank: 4, alpha: 32, dropout: 0.01, targets: [query]}"
-LIMITS = (2048, 1024, 768, 640, 512, 256)
+LIMITS = (2048, 1024, 768, 640, 512, 384, 256)
 """MiB, from roomy to hopeless."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=20, help="steps of 4 reviews")
-    parser.add_argument("--rows", type=int, default=100, help="held-out reviews")
+    parser.add_argument("--steps", type=int, default=10, help="steps of 4 reviews")
+    parser.add_argument("--rows", type=int, default=40, help="held-out reviews")
     where, options = place("memory_limit", parser)
     where.runs.mkdir(parents=True, exist_ok=True)
     held = where.runs / f"held-{options.rows}.jsonl"

@@ -16,6 +16,7 @@ SEEDS = (42,)
 ROWS = 800
 """Rows of each task in the mix, and in each of two stages one after another."""
 HELD_OUT = {"instructions": 110, "sentiment": 200}
+BATCH = 16
 WORDS = 30
 """Last words kept of a review."""
 KINDS = ("Rewrite", "Convert")
@@ -77,7 +78,10 @@ def _run(runs: Path, data: Path, sizes: dict[str, int], way: str, seed: int) -> 
     common = [f"data.eval={data / 'held-*.jsonl'}", f"seed={seed}"]
     if order is None:
         parts = ", ".join(f"{{path: {data / f'train-{task}.jsonl'}, weight: 1}}" for task in TASKS)
-        train(run, RECIPES / "multitask.yaml", f"data.mix=[{parts}]", *common)
+        train(
+            run, RECIPES / "multitask.yaml", f"data.mix=[{parts}]", "train.epochs=null",
+            f"train.steps={2 * ROWS // BATCH}", *common,
+        )  # fmt: skip
         return run
     for stage, task in zip(("first", "second"), order, strict=True):
         common += [f"stages.{stage}.data.train={data / f'train-{task}.jsonl'}",
@@ -105,7 +109,7 @@ def _tasks(runs: dict[tuple[str, int], Path], sizes: dict[str, int]) -> list[str
         f"tunesmith/reviews-1m, all 1,377,408 parameters. Instructions: data/instruction, {sizes['instructions']} "
         f"rows to train on. Sentiment: IMDB reviews (their last {WORDS} words) and a question, {sizes['sentiment']:,} "
         f"rows. Every way reads {ROWS:,} rows of each task: at once in a mix of weight 1 to 1, or one task after the "
-        "other in two stages of a chain, each with its own schedule. 16 rows a step, rate 1e-3. Held out: "
+        f"other in two stages of a chain, each with its own schedule. {BATCH} rows a step, rate 1e-3. Held out: "
         f"{HELD_OUT['instructions']} instructions, {HELD_OUT['sentiment']} reviews. Loss in nats a token of the "
         "answer; right is greedy and letter for letter."
     )
