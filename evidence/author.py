@@ -17,6 +17,8 @@ from by_file import Rows, gap, rows_by_file, signed, value, write_rows
 from common import RECIPES, Place, place, rows_of, table, train, write
 
 from tunesmith.evaluate.intervals import ratio
+from tunesmith.serve.protocol import Ask, Draw
+from tunesmith.stages.serving import open_served
 
 AUTHORS = {
     "G. H.": r"\s*Grady Harp\.?\s*$",
@@ -35,7 +37,7 @@ def main() -> None:
     files = _files(where.runs / "data", texts)
     runs = {(name, seed): _run(where, name, seed, files) for name in AUTHORS for seed in SEEDS}
     measured = {key: (_rows(run, "before"), _rows(run, "after")) for key, run in runs.items()}
-    sections = [_what(texts, runs), _changes(measured), _paired(measured), _samples(runs)]
+    sections = [_what(texts, runs), _changes(measured), _paired(measured), _samples(where, texts, runs)]
     write("author", "The style of an author: three reviewers who sign their reviews", *sections)
 
 
@@ -89,18 +91,19 @@ def _rows(run: Path, when: str) -> Rows:
 def _what(texts: dict[str, dict[str, list[str]]], runs: dict[tuple[str, int], Path]) -> str:
     rows = []
     for author, sides in texts.items():
-        result = json.loads((runs[author, SEEDS[0]] / "result.json").read_text())
+        run = runs[author, SEEDS[0]]
+        tokens = json.loads((run / "result.json").read_text())["tokens"]
         size = {side: sum(len(text.encode()) for text in found) for side, found in sides.items()}
-        rows.append((author, *(f"{len(sides[side])} ({size[side]:,} bytes)" for side in SETS), f"{result['steps']}",
-                     f"{result['tokens']:,}"))  # fmt: skip
+        counts = [f"{len(sides[side])} ({size[side]:,} bytes)" for side in SETS]
+        rows.append((author, *counts, len(rows_of(run / "metrics.jsonl")), f"{tokens:,}"))
     note = (
         "The authors are three people who sign their film reviews in the IMDB set, each with the same words every "
         "time; here they stand by initials. The signature, and the marks given just before it, are cut off. Trained "
         "on: their reviews in the unlabelled part, 24 steps, all 1,377,408 parameters of tunesmith/reviews-1m. Held "
         "out: those in the labelled parts. The base has read the unlabelled part twice, these reviews among 50,000: it "
         "knows film reviews, and none of those held out. So this is one person's manner within one kind of text, on "
-        "other films than were trained on; how two books differ is easier to learn. The rate is 2e-4; "
-        "at 1e-3 so few reviews are learned by heart (docs/log.md)."
+        "other films than were trained on; how two books differ is easier to learn. The rate is 2e-4, "
+        "the second that was tried: at 1e-3 so few reviews are learned by heart (docs/log.md)."
     )
     return f"{note}\n\n{table(('author', 'trained on', 'held out', 'steps', 'tokens'), rows)}"
 
@@ -160,14 +163,28 @@ def _paired(measured: dict[tuple[str, int], tuple[Rows, Rows]]) -> str:
     return f"## The same reviews under each model\n\n{note}\n\n{table(head, rows)}"
 
 
-def _samples(runs: dict[tuple[str, int], Path]) -> str:
-    """One held-out beginning of each author, gone on with by the base and by each tuned model."""
-    parts = ["## Samples\n\nGreedy, from the first words of held-out reviews; a model this small makes little sense."]
-    found = {author: rows_of(runs[author, SEEDS[0]] / "samples.jsonl") for author in AUTHORS}
-    for i in (0, len(found["G. H."]) // 2, len(found["G. H."]) - 1):
-        lines = [("the base", _cell(next(iter(found.values()))[i]["before"]))]
-        lines += [(f"trained on {author}", _cell(rows[i]["after"])) for author, rows in found.items()]
-        parts.append(f"**{_cell(found['G. H.'][i]['prompt'])}** …\n\n{table(('', 'goes on'), lines)}")
+def _samples(where: Place, texts: dict[str, dict[str, list[str]]], runs: dict[tuple[str, int], Path]) -> str:
+    """A held-out beginning of each author, gone on with by the base and each tuned model; kept in samples.jsonl."""
+    beginnings = [" ".join(sides["held"][0].split()[:8]) for sides in texts.values()]
+    kept = where.runs / "samples.jsonl"
+    if not kept.is_file():
+        draw = Draw(max_tokens=48, temperature=0.7, seed=1)
+        models = {"the base": "tunesmith/reviews-1m"}
+        models |= {f"trained on {author}": str(runs[author, SEEDS[0]]) for author in AUTHORS}
+        write_rows(
+            kept,
+            ({"model": name, "prompt": prompt, "completion": written.text}
+             for name, model in models.items()
+             for prompt, written in zip(
+                 beginnings, open_served(model).complete(Ask(tuple(beginnings), (), draw)).written, strict=True)),
+        )  # fmt: skip
+    parts = [
+        "## Samples, before and after\n\nThe first eight words of a held-out review of each, gone on with at "
+        "temperature 0.7, one seed, not chosen; a model this small makes little sense."
+    ]
+    for author, prompt in zip(texts, beginnings, strict=True):
+        lines = [(row["model"], _cell(row["completion"])) for row in rows_of(kept) if row["prompt"] == prompt]
+        parts.append(f"**{_cell(prompt)}** … (begun by {author})\n\n{table(('', 'goes on'), lines)}")
     return "\n\n".join(parts)
 
 
