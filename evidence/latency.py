@@ -28,6 +28,8 @@ from tunesmith.model.load import load_backbone
 BASE = "tunesmith/reviews-1m"
 SPEC = lora.LoraSpec(rank=16, alpha=32)
 QUESTIONS = ("Name a fruit.", "Rewrite in the past tense: I walk home.", "What is two plus two?")
+MANY = 256
+"""Rows of `predict`."""
 MALFORMED = (
     ("no JSON", b"{", 400),
     ("an unknown key", b'{"messages": [{"role": "user", "content": "hi"}], "temprature": 1}', 400),
@@ -211,8 +213,8 @@ def _refusal(url: Url, body: bytes, wanted: int) -> tuple[Any, ...]:
 
 def _predicted(where: Place, run: Path) -> str:
     """`predict` from Python: the run is opened, its rows are answered."""
-    prompts = [row["instruction"] for row in rows_of_json(where)][300:364]
-    reviews = [row["text"] for row in rows_of(where.asset("data/imdb/imdb_truncated_validation.jsonl"))[:64]]
+    prompts = [row["instruction"] for row in rows_of_json(where)][300 : 300 + MANY]
+    reviews = [row["text"] for row in rows_of(where.asset("data/imdb/imdb_truncated_validation.jsonl"))[:MANY]]
     classifier = where.runs / "classifier"
     recipe = where.runs / "classify.yaml"
     recipe.write_text(
@@ -228,10 +230,10 @@ def _predicted(where: Place, run: Path) -> str:
         _rate("answers of at most 24 tokens", lambda n: tunesmith.predict(run, prompts[:n], max_tokens=24)),
     ]
     note = (
-        "`tunesmith.predict` from Python. Opening the run is what one row takes; rows a second are of 64 rows, opening "
-        "not counted. Medians of 3."
+        f"`tunesmith.predict` from Python, opening the run included: what one row takes, what {MANY} take. Medians of "
+        "5, in turn."
     )
-    return f"## Predicted\n\n{note}\n\n{table(('', 'one row, seconds', 'rows/s'), rows)}"
+    return f"## Predicted\n\n{note}\n\n{table(('', 'one row, s', f'{MANY} rows, s', 'rows/s'), rows)}"
 
 
 def rows_of_json(where: Place) -> list[dict[str, str]]:
@@ -239,15 +241,15 @@ def rows_of_json(where: Place) -> list[dict[str, str]]:
     return json.loads(where.asset("data/instruction/instruction-data.json").read_text())
 
 
-def _rate(what: str, predict: Callable[[int], Any]) -> tuple[str, str, str]:
-    one, many = list[float](), list[float]()
-    for _ in range(3):
-        for num, found in ((1, one), (64, many)):
+def _rate(what: str, predict: Callable[[int], Any]) -> tuple[str, str, str, str]:
+    seconds: dict[int, list[float]] = {1: [], MANY: []}
+    for _ in range(5):
+        for num, found in seconds.items():
             began = time.perf_counter()
             predict(num)
             found.append(time.perf_counter() - began)
-    first, whole = statistics.median(one), statistics.median(many)
-    return what, f"{first:.2f}", f"{63 / max(whole - first, 1e-9):.0f}"
+    one, many = (statistics.median(found) for found in seconds.values())
+    return what, f"{one:.2f}", f"{many:.2f}", f"{MANY / many:.0f}"
 
 
 if __name__ == "__main__":

@@ -69,12 +69,18 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _memory_first(error: Exception) -> str:
-    """The message of `error`, or what is said of memory when that is what it comes from."""
+    """The message of `error`, or what is said of memory when that is what it comes from.
+
+    The frames of `error` are let go first: what they hold may be all the memory there is.
+    """
     if isinstance(error, OutOfMemoryError) or not lacks_memory(error):
         return str(error)
-    return (
-        f"{memory_story(error)}; raise the limit, close other programs, or take a smaller model or fewer rows at once"
-    )
+    traceback.clear_frames(error.__traceback__)
+    try:
+        story = memory_story(error.with_traceback(None))
+    except MemoryError:
+        story = "out of memory"
+    return f"{story}; raise the limit, close other programs, or take a smaller model or fewer rows at once"
 
 
 def _flushed(code: int) -> int:

@@ -166,7 +166,10 @@ def test_memory_that_runs_out_in_training_is_one_message_and_no_traceback(write,
     assert done.code == 2 and done.out == ""
     assert "Traceback" not in done.err and "a bug" not in done.err
     last = done.err.strip().splitlines()[-1]
-    assert last.startswith("tunesmith: out of memory (") and "train.micro_batch_tokens (now 8,192)" in last
+    assert last.startswith(
+        "tunesmith: out of memory (can't allocate memory: you tried to allocate 1125899906842624 bytes)"
+    )
+    assert "train.micro_batch_tokens (now 8,192)" in last
     assert "MiB" in last and "tunesmith plan" in last
 
 
@@ -179,3 +182,13 @@ def test_memory_that_runs_out_elsewhere_is_one_message_too(error, run, monkeypat
     done = run("runs")
     assert done.code == 2 and len(done.err.strip().splitlines()) == 1
     assert done.err.startswith("tunesmith: out of memory") and "raise the limit" in done.err
+
+
+def test_memory_that_runs_out_while_it_is_told_is_still_one_message(run, monkeypatch):
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr("tunesmith.api.runs_list", fail)
+    monkeypatch.setattr("tunesmith.cli.memory_story", fail)
+    done = run("runs")
+    assert done.code == 2 and done.err.startswith("tunesmith: out of memory; raise the limit")

@@ -148,8 +148,8 @@ def memory_story(error: BaseException) -> str:
     """What is said first when memory ran out: the words of `error`, how much was held at most, under which limit."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = str(error).strip().splitlines()
-    words = f" ({lines[0][:160]})" if lines else ""
+    lines = str(error).rpartition("DefaultCPUAllocator: ")[2].strip().splitlines()  # torch puts its own place before it
+    words = f" ({lines[0].partition('. Error code')[0][:160]})" if lines else ""
     if type(error).__module__.partition(".")[0] == "torch":  # what a GPU's allocator raises; main memory's has no own
         return f"out of memory{words}: at most {peak_memory_bytes('cuda') / 2**20:,.0f} MiB of the GPU were held"
     limit = memory_limit()
