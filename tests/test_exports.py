@@ -38,8 +38,8 @@ SIGNATURES = {
 }
 ERRORS = {
     "DataError": ValueError, "DiskError": RuntimeError, "Interrupted": Exception, "MetricError": ValueError,
-    "ModelError": ValueError, "NonFiniteError": ArithmeticError, "RecipeError": ValueError, "RewardError": ValueError,
-    "RunError": RuntimeError, "TunesmithError": Exception,
+    "ModelError": ValueError, "NonFiniteError": ArithmeticError, "OutOfMemoryError": MemoryError,
+    "RecipeError": ValueError, "RewardError": ValueError, "RunError": RuntimeError, "TunesmithError": Exception,
 }  # fmt: skip
 
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         MetricError,
         ModelError,
         NonFiniteError,
+        OutOfMemoryError,
         RecipeError,
         RewardError,
         RunError,
@@ -58,8 +59,8 @@ _WHERE = {
         "winrate",
     ),
     "errors": (
-        "DataError", "DiskError", "Interrupted", "MetricError", "ModelError", "NonFiniteError", "RecipeError",
-        "RewardError", "RunError", "TunesmithError",
+        "DataError", "DiskError", "Interrupted", "MetricError", "ModelError", "NonFiniteError", "OutOfMemoryError",
+        "RecipeError", "RewardError", "RunError", "TunesmithError",
     ),
     "recipe": ("load_recipe",),
 }  # fmt: skip
@@ -72,6 +73,7 @@ __all__ = [
     "MetricError",
     "ModelError",
     "NonFiniteError",
+    "OutOfMemoryError",
     "RecipeError",
     "RewardError",
     "RunError",

@@ -25,7 +25,8 @@ from tunesmith.cli_output import (
     tree_lines,
     visible,
 )
-from tunesmith.errors import DataError, RecipeError, RunError, TunesmithError
+from tunesmith.errors import DataError, OutOfMemoryError, RecipeError, RunError, TunesmithError, lacks_memory
+from tunesmith.plan.hardware import memory_story
 from tunesmith.rundir import installed_version
 
 _OPTIONS: dict[str, Any] = {"rich_markup_mode": None, "add_completion": False, "pretty_exceptions_enable": False}
@@ -54,14 +55,32 @@ def main(args: Sequence[str] | None = None) -> int:
         if code == 130:
             print("interrupted", file=sys.stderr)
     except TunesmithError as error:
-        print(f"tunesmith: {visible(str(error))}", file=sys.stderr)
+        print(f"tunesmith: {visible(_memory_first(error))}", file=sys.stderr)
         code = error.exit_code
-    except Exception:
+    except Exception as error:
+        if lacks_memory(error):
+            print(f"tunesmith: {visible(_memory_first(error))}", file=sys.stderr)
+            return _flushed(OutOfMemoryError.exit_code)
         traceback.print_exc()
         print("tunesmith: this is a bug in tunesmith, not in what you wrote; please report the lines above",
               file=sys.stderr)  # fmt: skip
         code = 1
     return _flushed(code)
+
+
+def _memory_first(error: Exception) -> str:
+    """The message of `error`, or what is said of memory when that is what it comes from.
+
+    The frames of `error` are let go first: what they hold may be all the memory there is.
+    """
+    if isinstance(error, OutOfMemoryError) or not lacks_memory(error):
+        return str(error)
+    traceback.clear_frames(error.__traceback__)
+    try:
+        story = memory_story(error.with_traceback(None))
+    except MemoryError:
+        story = "out of memory"
+    return f"{story}; raise the limit, close other programs, or take a smaller model or fewer rows at once"
 
 
 def _flushed(code: int) -> int:

@@ -83,6 +83,27 @@ class Interrupted(TunesmithError):
         self.exit_code = code
 
 
+class OutOfMemoryError(TunesmithError, MemoryError):
+    """There was not enough memory, of the machine, of its GPU, or within the limit set on the process."""
+
+
+_NO_MEMORY = re.compile(
+    r"allocate memory|out of memory|not enough memory|start new thread|failed to map segment|bad_alloc", re.IGNORECASE
+)
+"""What allocators, threads and the loader of libraries say; `RuntimeError`, `OSError` and `ImportError` carry it."""
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """True when `error`, or one that it was raised from, says that memory could not be had."""
+    found: BaseException | None = error
+    while found is not None:
+        said = isinstance(found, (RuntimeError, OSError, ImportError)) and _NO_MEMORY.search(str(found))
+        if isinstance(found, MemoryError) or said:
+            return True
+        found = found.__cause__
+    return False
+
+
 def several(problems: Sequence[str], cls: type[TunesmithError], *, headline: str = "") -> TunesmithError:
     """One error out of all problems, so that a user mends them in one go."""
     if len(problems) == 1 and not headline:

@@ -12,6 +12,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 COMMAND = [sys.executable, "-m", "tunesmith"]
 
@@ -153,3 +154,41 @@ def test_completion_completes(work):
     }
     done = subprocess.run(COMMAND, env=environment, capture_output=True, text=True, cwd=work)
     assert "runs" in done.stdout.split()
+
+
+def _too_much(*args, **named):
+    torch.empty(1 << 50, dtype=torch.uint8)
+
+
+def test_memory_that_runs_out_in_training_is_one_message_and_no_traceback(write, run, monkeypatch):
+    monkeypatch.setattr("tunesmith.stages.running.fit", _too_much)
+    done = run("train", write("sft"), "--run", "large")
+    assert done.code == 2 and done.out == ""
+    assert "Traceback" not in done.err and "a bug" not in done.err
+    last = done.err.strip().splitlines()[-1]
+    assert last.startswith(
+        "tunesmith: out of memory (can't allocate memory: you tried to allocate 1125899906842624 bytes)"
+    )
+    assert "train.micro_batch_tokens (now 8,192)" in last
+    assert "MiB" in last and "tunesmith plan" in last
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ImportError("libtorch.so: failed to map segment from shared object")])
+def test_memory_that_runs_out_elsewhere_is_one_message_too(error, run, monkeypatch):
+    def fail():
+        raise error
+
+    monkeypatch.setattr("tunesmith.api.runs_list", fail)
+    done = run("runs")
+    assert done.code == 2 and len(done.err.strip().splitlines()) == 1
+    assert done.err.startswith("tunesmith: out of memory") and "raise the limit" in done.err
+
+
+def test_memory_that_runs_out_while_it_is_told_is_still_one_message(run, monkeypatch):
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr("tunesmith.api.runs_list", fail)
+    monkeypatch.setattr("tunesmith.cli.memory_story", fail)
+    done = run("runs")
+    assert done.code == 2 and done.err.startswith("tunesmith: out of memory; raise the limit")

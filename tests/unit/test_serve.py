@@ -154,7 +154,9 @@ def test_messages_that_make_no_sense_are_400(messages, echo):
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[1]", b"\xff\xfe", b'{"prompt": NaN}', b"[" * 4000, b'"x"'], ids=lambda b: repr(b[:6])
+    "body",
+    [b"", b"{", b"[1]", b"\xff\xfe", b'{"prompt": NaN}', b"[" * 4000, b'"x"', b'{"prompt": "\\ud800"}'],
+    ids=lambda b: repr(b[:6]),
 )
 def test_what_is_no_json_object_is_400(body, echo):
     status, found, _ = ask(echo, "POST", "/v1/completions", body)
@@ -226,6 +228,15 @@ def test_errors_of_the_model_are_400_or_500_and_the_server_lives(echo, capfd):
     echo.served.fails = ZeroDivisionError("secret detail")
     status, found, _ = ask(echo, "POST", "/v1/completions", {"prompt": "a"})
     assert status == 500 and "secret" not in json.dumps(found) and "secret detail" in capfd.readouterr().err
+    echo.served.fails = None
+    assert ask(echo, "POST", "/v1/completions", {"prompt": "a"})[0] == 200
+
+
+def test_a_request_too_large_for_memory_is_503_and_the_server_lives(echo, capfd):
+    echo.served.fails = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    status, found, _ = ask(echo, "POST", "/v1/completions", {"prompt": "a"})
+    assert (status, found["error"]["code"]) == (503, "out_of_memory") and "fewer tokens" in found["error"]["message"]
+    assert "Traceback" not in capfd.readouterr().err and any("out of memory" in line for line in echo.said)
     echo.served.fails = None
     assert ask(echo, "POST", "/v1/completions", {"prompt": "a"})[0] == 200
 

@@ -9,7 +9,11 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from tunesmith.errors import OutOfMemoryError, lacks_memory
 
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """Matrix products in bfloat16: x86 and, last, ARM. AVX's vector conversions alone bring no speed."""
@@ -117,8 +121,40 @@ def available_memory(device: str = "cpu") -> int:
         digits = "".join(c for c in line if c.isdigit())
         if digits:
             found = min(found, int(digits) * (1024 if marker else 1))
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return found if limit == resource.RLIM_INFINITY else min(found, limit)
+    limit = memory_limit()
+    return found if limit is None else min(found, limit)
+
+
+def memory_limit() -> int | None:
+    """Bytes that this process may hold by its own limits (`ulimit -v`, `ulimit -d`); None without one."""
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    return min((limit for limit in limits if limit != resource.RLIM_INFINITY), default=None)
+
+
+@contextmanager
+def memory_explained(advice: str) -> Iterator[None]:
+    """Memory that could not be had inside becomes `OutOfMemoryError`: what was held, the limit, and `advice`."""
+    try:
+        yield
+    except OutOfMemoryError:
+        raise
+    except Exception as error:
+        if not lacks_memory(error):
+            raise
+        raise OutOfMemoryError(f"{memory_story(error)}; {advice}") from error
+
+
+def memory_story(error: BaseException) -> str:
+    """What is said first when memory ran out: the words of `error`, how much was held at most, under which limit."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).rpartition("DefaultCPUAllocator: ")[2].strip().splitlines()  # torch puts its own place before it
+    words = f" ({lines[0].partition('. Error code')[0][:160]})" if lines else ""
+    if type(error).__module__.partition(".")[0] == "torch":  # what a GPU's allocator raises; main memory's has no own
+        return f"out of memory{words}: at most {peak_memory_bytes('cuda') / 2**20:,.0f} MiB of the GPU were held"
+    limit = memory_limit()
+    under = "" if limit is None else f" under the limit of {limit / 2**20:,.0f} MiB set on it"
+    return f"out of memory{words}: this process held at most {peak_memory_bytes() / 2**20:,.0f} MiB{under}"
 
 
 def environment(device: str, precision: str, threads: int) -> dict[str, Any]:

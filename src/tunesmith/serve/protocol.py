@@ -92,9 +92,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """The object in a body. Raises RequestError 400 for anything else, NaN and bottomless nesting included."""
+    """The object in a body. Raises RequestError 400 for anything else, NaN, bottomless nesting and halves of surrogate
+    pairs, which are no text, included."""
     try:
         found = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        json.dumps(found, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise RequestError(400, f"the body is not JSON: {str(error)[:120]}", code="invalid_json") from None
     if not isinstance(found, dict):

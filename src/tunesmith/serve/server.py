@@ -21,8 +21,8 @@ from typing import Any, Protocol, cast
 from urllib.parse import urlsplit
 
 from tunesmith.engine.signals import StopSignals
-from tunesmith.errors import RunError, TunesmithError, printable
-from tunesmith.plan.hardware import peak_memory_bytes
+from tunesmith.errors import RunError, TunesmithError, lacks_memory, printable
+from tunesmith.plan.hardware import memory_story, peak_memory_bytes
 from tunesmith.serve import protocol
 from tunesmith.serve.protocol import Answer, Ask, Limits, RequestError
 
@@ -115,6 +115,11 @@ def _busy() -> RequestError:
     return RequestError(503, "too many requests are waiting; try again in a moment", code="busy")
 
 
+def _too_large() -> RequestError:
+    what = "there is not enough memory for this request; ask for fewer tokens, completions or texts at once"
+    return RequestError(503, what, code="out_of_memory")
+
+
 def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -158,7 +163,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(400, RequestError(400, str(error)).as_json())
         except ConnectionError:
             raise
-        except Exception:
+        except Exception as error:
+            if lacks_memory(error):
+                self.owner.say(memory_story(error))
+                self._send(503, _too_large().as_json())
+                return
             traceback.print_exc()
             self._send(500, RequestError(500, "an error of the server's own; its log has it").as_json())
 

@@ -23,7 +23,7 @@ from tunesmith.evaluate.generate import side_by_side
 from tunesmith.evaluate.report import write_report
 from tunesmith.model.hashing import content_sums
 from tunesmith.model.lean import make_lean
-from tunesmith.plan.hardware import environment, peak_memory_bytes
+from tunesmith.plan.hardware import environment, memory_explained, peak_memory_bytes
 from tunesmith.plan.page import page_lines
 from tunesmith.recipe import Recipe, Resolved, load_resolved
 from tunesmith.rundir import RunDir
@@ -37,7 +37,24 @@ Show = Callable[[StepReport], None]
 
 
 def start(run: RunDir, resolved: Resolved, *, say: Say, show: Show) -> dict[str, Any]:
-    """A new run in the locked folder `run`. The recipe is written only when everything has been checked."""
+    """A new run in the locked folder `run`. The recipe is written only when everything has been checked.
+
+    `OutOfMemoryError` with advice where memory runs out; what was saved until then is sound.
+    """
+    with memory_explained(_less_memory(resolved.recipe)):
+        return _begin(run, resolved, say=say, show=show)
+
+
+def _less_memory(recipe: Recipe) -> str:
+    """What to do when memory ran out."""
+    return (
+        f"lower train.micro_batch_tokens (now {recipe.train.micro_batch_tokens:,}) or data.max_length, train fewer "
+        "parameters (tune.method), set train.checkpoint_activations: true, or raise the limit; `tunesmith plan RECIPE` "
+        "says what a run needs"
+    )
+
+
+def _begin(run: RunDir, resolved: Resolved, *, say: Say, show: Show) -> dict[str, Any]:
     for warning in resolved.warnings:
         say(f"note: {warning}")
     _use_threads(resolved.recipe)
@@ -62,6 +79,11 @@ def go_on(run: RunDir, *, say: Say, show: Show) -> dict[str, Any]:
     Device, precision and number of threads are those the run began with: what `auto` means here and now may differ.
     """
     recipe = load_resolved(run.file("recipe"))
+    with memory_explained(_less_memory(recipe)):
+        return _continue(run, recipe, say=say, show=show)
+
+
+def _continue(run: RunDir, recipe: Recipe, *, say: Say, show: Show) -> dict[str, Any]:
     began = run.read_json("environment")
     torch.set_num_threads(began["threads"])
     folder = Path(run.read_json("inputs")["recipe_folder"])
