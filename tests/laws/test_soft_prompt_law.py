@@ -6,21 +6,32 @@ import json
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tests.laws.test_packing_law import grads, make_samples
 from tests.tiny import CAUSAL, save_tiny, tiny_causal, tiny_classifier, tiny_masked, tiny_tokenizer
 
+from tunesmith.batch import Sample
 from tunesmith.data.batches import collate
 from tunesmith.errors import ModelError
 from tunesmith.export.merge import export_run
 from tunesmith.model import adapters, soft_prompt
 from tunesmith.model.critic import Critic, ValueHead
-from tunesmith.model.language import LanguageModel
+from tunesmith.model.language import LanguageModel, Policy
 from tunesmith.model.lean import make_lean
-from tunesmith.model.packing import Layout, own_logits, probe_batch, recompute_activations
+from tunesmith.model.packing import (
+    Layout,
+    flat_hidden,
+    layout_for,
+    own_logits,
+    probe_batch,
+    recompute_activations,
+    segment_hidden,
+)
 from tunesmith.model.score import ScoreModel
 from tunesmith.model.trainable import TrainableSpec, make_trainable
+from tunesmith.rollout.actor import Actor
 from tunesmith.rollout.sampler import Sampler
 
 peft = pytest.importorskip("peft")
@@ -233,7 +244,7 @@ def test_first_values(tmp_path):
     base = save_tiny(tiny_causal("gpt2"), tmp_path / "base")
     named = tiny_causal("gpt2")
     named.name_or_path = str(base)
-    make_trainable(named, spec("PROMPT_TUNING", prompt_tuning_init="TEXT", prompt_tuning_init_text="was good"))
+    make_trainable(named, spec("PROMPT_TUNING", prompt_tuning_init="text", prompt_tuning_init_text="was good"))
     ids = (tiny_tokenizer()("was good")["input_ids"] * N)[:N]
     assert torch.equal(named.soft_prompt.prompt_embeddings, table[torch.tensor(ids)])
     adapters.save_adapter(named, tmp_path / "adapter", "tiny/base")
@@ -244,12 +255,86 @@ def test_first_values(tmp_path):
     )  # fmt: skip
 
 
+@both_kinds
+def test_a_row_that_is_long_only_with_its_virtual_tokens_goes_alone_past_a_switch_of_rotary_scaling(kind):
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    backbone = tiny_causal("phi3", rope_parameters=rope, original_max_position_embeddings=32)
+    make_trainable(backbone, spec(kind, num_virtual_tokens=10))
+    model = LanguageModel(backbone)
+    ids = torch.randint(7, 300, (37,), generator=torch.Generator().manual_seed(0)).numpy().astype("int32")
+    samples = [Sample(part, (np.arange(len(part)) > 0).astype(np.float32)) for part in (ids[:28], ids[28:])]
+    batch = collate(samples)
+    apart = torch.cat([model(collate([sample])).logprobs for sample in samples], 1)
+    assert layout_for(backbone, model.layout, batch) is Layout.ALONE
+    torch.testing.assert_close(model(batch).logprobs, apart, rtol=1e-4, atol=1e-4)
+    hidden = segment_hidden(backbone, batch, model.layout, causal=True, offset=0)
+    parts = [segment_hidden(backbone, collate([s]), model.layout, causal=True, offset=0) for s in samples]
+    torch.testing.assert_close(hidden, torch.cat(parts), rtol=1e-4, atol=1e-4)
+    packed = flat_hidden(backbone, batch, causal=True, offset=0)
+    assert (packed - hidden).abs().max() > 1e-3, "control: packed all the same, it differs"
+    with adapters.disabled(backbone):
+        assert layout_for(backbone, model.layout, batch) is Layout.PACKED
+
+
+@both_kinds
+def test_a_sampler_follows_it_off_and_on_again(kind):
+    backbone = prompted("llama", kind)
+    sampler = Sampler(LanguageModel(backbone), tiny_tokenizer())
+    asked = {"max_tokens": 6, "temperature": 0.0}
+    on = sampler.sample([[7, 8, 9]], **asked)
+    with adapters.disabled(backbone):
+        off = sampler.sample([[7, 8, 9]], **asked)
+        with adapters.disabled(backbone):
+            pass
+        assert soft_prompt.active(backbone) is None, "the inner one leaves the outer one as it was"
+        assert sampler.why_slow == "" and len(sampler.sample([[7] * 250], max_tokens=9)[0].ids) <= 6
+        with pytest.raises(ModelError, match="takes 256 in all"):
+            sampler.sample([[7] * 256], max_tokens=1)
+    base = Sampler(LanguageModel(tiny_causal("llama")), tiny_tokenizer()).sample([[7, 8, 9]], **asked)
+    assert off[0].ids == base[0].ids and off[0].logprobs == pytest.approx(base[0].logprobs, abs=1e-5)
+    assert sampler.sample([[7, 8, 9]], **asked) == on and on[0].logprobs != off[0].logprobs
+    assert sampler.why_slow == "a soft prompt stands before its tokens"
+
+
+def test_virtual_tokens_count_in_the_budget_of_the_cache():
+    backbone = prompted("llama", "PROMPT_TUNING")
+    sampler = Sampler(LanguageModel(backbone), tiny_tokenizer(), max_cache_tokens=2 * (4 + 6) + N)
+    prompts = [[7] * 4, [8] * 4]
+    assert list(sampler._groups(prompts, 1, 6)) == [[0], [1]]
+    with adapters.disabled(backbone):
+        assert list(sampler._groups(prompts, 1, 6)) == [[0, 1]]
+
+
+@both_kinds
+def test_the_start_of_a_policy_is_the_base_before_and_after_steps(kind):
+    plain, batch = LanguageModel(tiny_causal(), policy=Policy()), collate(make_samples())
+    model = LanguageModel(prompted("llama", kind), policy=Policy())
+    base, actor = plain(batch).logprobs.detach(), Actor(model, base=True)
+    torch.testing.assert_close(actor.reference(batch), base, rtol=1e-5, atol=1e-5)
+    assert (actor.answer(batch).logprobs - base).abs().max() > 1e-2
+    model(batch).logprobs.sum().backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    torch.testing.assert_close(actor.reference(batch), base, rtol=1e-5, atol=1e-5)
+
+
 REFUSED = {
     "encoder": (lambda: tiny_masked("bert"), spec("PROMPT_TUNING"), "is an encoder"),
     "encoder classifier": (lambda: tiny_classifier("distilbert"), spec("PROMPT_TUNING"), "is an encoder"),
     "prefix of a classifier": (lambda: tiny_classifier("llama"), spec("PREFIX_TUNING"), "use peft_type PROMPT_TUNING"),
     "window": (lambda: tiny_causal("mistral"), spec("PREFIX_TUNING"), "a window of 8 tokens"),
     "no number": (tiny_causal, spec("PROMPT_TUNING", num_virtual_tokens=None), "num_virtual_tokens is None"),
+    "a bool": (tiny_causal, spec("PROMPT_TUNING", num_virtual_tokens=True), "num_virtual_tokens is True"),
+    "another start": (tiny_causal, spec("PROMPT_TUNING", prompt_tuning_init="foo"), "is FOO: choose one of RANDOM, S"),
+    "a start that is a number": (tiny_causal, spec("PROMPT_TUNING", prompt_tuning_init=5), "is 5: choose one of RAND"),
+    "a text that is none": (
+        tiny_causal,
+        spec("PROMPT_TUNING", prompt_tuning_init="text", prompt_tuning_init_text=5),
+        "init_text is 5",
+    ),
+    "no text": (tiny_causal, spec("PROMPT_TUNING", prompt_tuning_init="text"), "prompt_tuning_init_text can't be None"),
     "projection": (tiny_causal, spec("PREFIX_TUNING", prefix_projection=True), "prefix_projection is not supported"),
     "another width": (tiny_causal, spec("PROMPT_TUNING", token_dim=31), "token_dim is 31, and this base has 32"),
     "train_also": (tiny_causal, replace(spec("PROMPT_TUNING"), train_also=("head",)), "leave it out"),

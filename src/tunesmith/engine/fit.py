@@ -259,7 +259,7 @@ def load_best(stage: Stage, state: TrainState, spec: FitSpec, files: Files, say:
     tensors, _ = load_checkpoint(step_folder(files.checkpoints, best))
     state.load_weights(tensors)
     if limit is not None and best == 0:
-        say(f"NO CHECKPOINT KEEPS {limit.metric} within {limit.at_most:g}: the base is kept as it was")
+        say(f"NO CHECKPOINT KEEPS {limit.metric} within {limit.at_most:g}: the weights of the start are kept")
     elif spec.select_by is None:
         say(f"the last step that keeps within the limit is {best}; its weights are kept")
     else:

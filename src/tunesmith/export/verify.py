@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tunesmith.model.packing import without_cache
+from tunesmith.model.packing import evaluating, without_cache
 
 PROBE_LENGTHS = (12, 5, 9, 3)
 # Largest difference over the largest logit, by the dtype the weights are stored in.
@@ -36,18 +35,6 @@ def probe_ids(vocabulary: int, *, avoid: int | None = None, seed: int = 0) -> li
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randint(0, vocabulary, (length,), generator=generator) for length in PROBE_LENGTHS]
     return [torch.where(row == avoid, (row + 1) % vocabulary, row).tolist() for row in rows]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; the mode of before afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def logits_of(model: Any, probes: Sequence[Sequence[int]]) -> list[Tensor]:

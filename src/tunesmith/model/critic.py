@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from tunesmith.batch import Batch
 from tunesmith.errors import ModelError
-from tunesmith.model import soft_prompt
 from tunesmith.model.heads import score_head
-from tunesmith.model.packing import Layout, choose_layout, flat_hidden, layout_for, position_offset
+from tunesmith.model.packing import choose_layout, flat_hidden, position_offset, segment_hidden
 
 
 class Critic(nn.Module):
@@ -38,7 +37,8 @@ class Critic(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Values `[B, T]` fp32, 0 on padding."""
         with torch.autocast(batch.input_ids.device.type, self.compute, enabled=self.compute != torch.float32):
-            values = self._score(every_hidden(self.backbone, batch, self.layout, offset=self.offset))[:, 0]
+            hidden = segment_hidden(self.backbone, batch, self.layout, causal=True, offset=self.offset)
+            values = self._score(hidden)[:, 0]
         return _placed(values, batch)
 
     def _packed_scores(self, batch: Batch) -> Tensor:
@@ -58,19 +58,6 @@ class ValueHead(nn.Module):
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Values `[B, T]` fp32 from `hidden [tokens, D]`."""
         return _placed(self.linear(hidden.to(self.linear.weight.dtype))[:, 0], batch)
-
-
-def every_hidden(backbone: Any, batch: Batch, layout: Layout, *, offset: int) -> Tensor:
-    """Last hidden states of all tokens that are not padding, `[tokens, D]`, each segment blind to the others."""
-    if layout_for(backbone, layout, batch) is Layout.PACKED:
-        return flat_hidden(backbone, batch, causal=True, offset=offset)
-    rows = batch.input_ids[batch.segments >= 0].split(list(batch.lengths))
-    return torch.cat([_of_row(backbone, row) for row in rows])
-
-
-def _of_row(backbone: Any, row: Tensor) -> Tensor:
-    inputs, before = soft_prompt.row_inputs(backbone, row[None])
-    return backbone.base_model(**inputs, use_cache=False)[0][0, before:]
 
 
 def _placed(values: Tensor, batch: Batch) -> Tensor:

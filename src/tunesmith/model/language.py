@@ -10,9 +10,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.batch import Batch, Outputs
-from tunesmith.model.critic import ValueHead, every_hidden
+from tunesmith.model.critic import ValueHead
 from tunesmith.model.heads import language_head
-from tunesmith.model.packing import Layout, choose_layout, flat_hidden, layout_for, own_logits, position_offset
+from tunesmith.model.packing import (
+    Layout,
+    choose_layout,
+    flat_hidden,
+    layout_for,
+    own_logits,
+    position_offset,
+    segment_hidden,
+)
 from tunesmith.ops import chunked_logprobs
 from tunesmith.ops_policy import chunked_policy, policy_answer
 
@@ -80,8 +88,9 @@ class LanguageModel(nn.Module):
 
     def _values(self, batch: Batch, hidden: Tensor | None) -> Tensor | None:
         if isinstance(self.critic, ValueHead):
-            every = every_hidden(self.backbone, batch, self.layout, offset=self.offset) if hidden is None else hidden
-            return self.critic(every, batch)
+            if hidden is None:
+                hidden = segment_hidden(self.backbone, batch, self.layout, causal=self.causal, offset=self.offset)
+            return self.critic(hidden, batch)
         return None if self.critic is None else self.critic(batch)
 
     def _answer(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -96,7 +96,8 @@ def load_backbone(
 
     A classifier's head is new, drawn from `seed` alone, unless the base was saved with the same label names. Names of
     the parameters that the file did not have are kept in `backbone.tunesmith_new`. Tokens that were added to the base's
-    tokenizer get rows of their own, the mean of the others; how many stands in `backbone.tunesmith_grown`.
+    tokenizer get rows of their own, the mean of the others; how many stands in `backbone.tunesmith_grown`. Whether
+    `trust` names this base stands in `backbone.tunesmith_trusted`.
     """
     folder = resolve(base, trust=trust)
     config = load_config(base, trust=trust)
@@ -119,6 +120,7 @@ def load_backbone(
     missing = _without_tied(folder, backbone, set(info["missing_keys"]))
     _start_missing(base, backbone, missing | mismatched, kind, keep_head, seed)
     _check_vocabulary(base, folder, backbone, trust)
+    backbone.tunesmith_trusted = is_trusted(base, trust)
     return backbone.eval()
 
 

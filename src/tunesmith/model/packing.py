@@ -60,8 +60,13 @@ def segment_hidden(backbone: Any, batch: Batch, layout: Layout, *, causal: bool,
     """Last hidden states of a flat row in the family's layout, `[T, D]`, each segment blind to the others."""
     if layout_for(backbone, layout, batch) is Layout.PACKED:
         return flat_hidden(backbone, batch, causal=causal, offset=offset)
-    parts = batch.input_ids[batch.segments >= 0].split(list(batch.lengths))
-    return torch.cat([backbone.base_model(input_ids=part[None])[0][0] for part in parts])
+    rows = batch.input_ids[batch.segments >= 0].split(list(batch.lengths))
+    return torch.cat([_hidden_of_row(backbone, row, causal=causal) for row in rows])
+
+
+def _hidden_of_row(backbone: Any, row: Tensor, *, causal: bool) -> Tensor:
+    inputs, before = soft_prompt.row_inputs(backbone, row[None])
+    return backbone.base_model(**inputs, **({"use_cache": False} if causal else {}))[0][0, before:]
 
 
 def _as_it_is(batch: Batch) -> tuple[Tensor, Tensor, tuple[int, ...]]:
@@ -156,7 +161,9 @@ def switch_tokens(config: Any) -> int | None:
 def layout_for(backbone: Any, layout: Layout, batch: Batch) -> Layout:
     """The layout for this batch: one by one where a long row would change the rotary scaling of its neighbours."""
     switch = switch_tokens(backbone.config.get_text_config())
-    return Layout.ALONE if switch is not None and len(batch.lengths) > 1 and max(batch.lengths) > switch else layout
+    if switch is None or len(batch.lengths) < 2:
+        return layout
+    return Layout.ALONE if max(batch.lengths) + soft_prompt.num_virtual(backbone) > switch else layout
 
 
 @contextmanager

@@ -205,6 +205,7 @@ def merge(backbone: Any) -> None:
 def switched_off(backbone: nn.Module) -> Iterator[None]:
     """PEFT's layers pass their base's output through for a while; a soft prompt is not there."""
     layers, soft = list(_layers(backbone).values()), soft_prompt.held_by(backbone)
+    was = soft is not None and soft.enabled
     grads = {id(p): p.requires_grad for p in backbone.parameters()}
     try:
         for layer in layers:
@@ -214,7 +215,7 @@ def switched_off(backbone: nn.Module) -> Iterator[None]:
         yield
     finally:
         if soft is not None:
-            soft.enabled = True
+            soft.enabled = was
         for layer in layers:
             layer.enable_adapters(True)
         for parameter in backbone.parameters():

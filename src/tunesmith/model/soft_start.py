@@ -14,6 +14,8 @@ from tunesmith.model.load import load_tokenizer
 from tunesmith.model.packing import attention_windows
 from tunesmith.model.soft_prompt import CACHE_NAMES, PLACE, SoftPrompt
 
+STARTS = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
+
 
 def put_in(backbone: Any, config: Any, *, seed: int = 0) -> None:
     """Make the soft prompt that PEFT's `config` describes, complete `config` for this base, and hang it in.
@@ -22,7 +24,7 @@ def put_in(backbone: Any, config: Any, *, seed: int = 0) -> None:
     """
     kind = getattr(config.peft_type, "value", config.peft_type)
     _refuse_base(backbone, kind)
-    if not isinstance(config.num_virtual_tokens, int) or config.num_virtual_tokens < 1:
+    if type(config.num_virtual_tokens) is not int or config.num_virtual_tokens < 1:  # a bool is an int
         raise ModelError(
             f"tune.peft.num_virtual_tokens is {config.num_virtual_tokens!r}: {kind} needs how many virtual tokens "
             "stand before every text, for instance 20"
@@ -93,21 +95,27 @@ def _start(backbone: Any, config: Any, num: int, width: int, seed: int) -> Tenso
         return torch.zeros(num, width)
     generator = torch.Generator().manual_seed(seed)
     how = getattr(config, "prompt_tuning_init", "RANDOM")
-    how = str(getattr(how, "value", how))
+    how = str(getattr(how, "value", how)).upper()
+    if how not in STARTS:
+        raise ModelError(f"tune.peft.prompt_tuning_init is {how}: choose one of {', '.join(STARTS)}")
     embedding = backbone.get_input_embeddings()
     if how == "RANDOM" or embedding.weight.is_meta:
         return torch.randn(num, width, generator=generator)
     if how == "SAMPLE_VOCAB":
         ids = torch.randint(0, embedding.weight.shape[0], (num,), generator=generator)
     else:
-        ids = _text_ids(config, num)
+        ids = _text_ids(backbone, config, num)
     with torch.no_grad():
         return embedding(ids.to(embedding.weight.device)).float().cpu().clone()
 
 
-def _text_ids(config: Any, num: int) -> Tensor:
+def _text_ids(backbone: Any, config: Any, num: int) -> Tensor:
     """Ids `[n]` of the first text, cut or repeated to n (2104.08691, 3.2; as PEFT does)."""
-    ids = list(load_tokenizer(config.tokenizer_name_or_path)(config.prompt_tuning_init_text)["input_ids"])
+    text, name = config.prompt_tuning_init_text, config.tokenizer_name_or_path
+    if not isinstance(text, str):
+        raise ModelError(f"tune.peft.prompt_tuning_init_text is {text!r}: write a text between quotes")
+    trusted = name == backbone.name_or_path and getattr(backbone, "tunesmith_trusted", False)
+    ids = list(load_tokenizer(name, trust=name if trusted else None)(text)["input_ids"])
     if not ids:
         raise ModelError("tune.peft.prompt_tuning_init_text has no token: write what the soft prompt begins from")
     return torch.tensor((ids * (num // len(ids) + 1))[:num])

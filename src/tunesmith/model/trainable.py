@@ -331,6 +331,8 @@ def _peft_options(backbone: Any, spec: TrainableSpec) -> dict[str, Any]:
     options = dict(spec.peft or {})
     kind = str(options.get("peft_type", "")).upper()
     if kind in soft_prompt.KINDS:
+        if isinstance(how := options.get("prompt_tuning_init"), str):
+            options["prompt_tuning_init"] = how.upper()
         if options.get("prompt_tuning_init") == "TEXT":
             options.setdefault("tokenizer_name_or_path", backbone.name_or_path or "the base")
         return options

@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from tunesmith.batch import Batch, Outputs
 from tunesmith.errors import ModelError
+from tunesmith.model import adapters
 from tunesmith.model.language import LanguageModel
 from tunesmith.model.lean import LeanDropout
 
@@ -36,12 +37,15 @@ class Actor:
 
     The start (the reference of every KL) is the policy's own backbone with its trainable parameters put back to what
     they were when this object was made: one backbone whatever trains, the adapter off where an adapter is new, a
-    frozen copy where everything trains, and exactly the policy itself before the first step.
+    frozen copy where everything trains, and exactly the policy itself before the first step. A new soft prompt is not
+    the identity, as a new adapter is: with `base` the start is the backbone with whatever was added switched off.
     """
 
-    def __init__(self, model: LanguageModel, *, device: str = "cpu", start: nn.Module | None = None) -> None:
+    def __init__(
+        self, model: LanguageModel, *, device: str = "cpu", start: nn.Module | None = None, base: bool = False
+    ) -> None:
         """`start` is the untrained backbone where `model` has been trained already."""
-        self.model, self.device = model, device
+        self.model, self.device, self._base = model, device, base
         self._start = _trainable(model) if start is None else _trainable(start.to(device), "backbone.")
 
     @torch.no_grad()
@@ -55,6 +59,9 @@ class Actor:
         """Log-probs `[B, T]` of the policy's start."""
         self.model.train()
         moved = batch.to(self.device)
+        if self._base:
+            with adapters.disabled(self.model.backbone):
+                return self.model(moved, values=False).logprobs
         outputs = functional_call(self.model, self._start, (moved,), {"values": False})
         return outputs.logprobs
 

@@ -17,6 +17,7 @@ from tunesmith.model import soft_prompt
 from tunesmith.model.decoding import Decoder, UnreadableError, why_not
 from tunesmith.model.heads import language_head
 from tunesmith.model.lean import narrowed
+from tunesmith.model.packing import evaluating
 from tunesmith.rollout.steps import FamilySteps, Steps, cache_name
 
 PART = 256
@@ -125,10 +126,10 @@ class Sampler:
         self.uses_cache: bool = cache_name(language_model.backbone) is not None
         softcap = getattr(config, "attn_logit_softcapping", None)
         self._pads = self.uses_cache and softcap is None  # a soft-capped row that sees nothing would be NaN
-        self._max_positions = soft_prompt.context_tokens(language_model.backbone)
         self._pad_id: int = config.pad_token_id or 0
         self._turn_end = turn_end(tokenizer)
         self.why_slow: str | None = None if self.uses_cache else "its cache cannot be padded"
+        self._behind = soft_prompt.num_virtual(language_model.backbone)
 
     def sample(
         self,
@@ -154,7 +155,7 @@ class Sampler:
         ends = frozenset(self.end_ids()) | frozenset(int(i) for i in stop_ids)
         stops = _Stops(ends, tuple(stop), self.tokenizer, frozenset(self.tokenizer.all_special_ids))
         done: dict[tuple[int, int], _Row] = {}
-        with _evaluating(self.model), self._steps() as steps:
+        with evaluating(self.model), self._steps() as steps:
             for indices in self._groups(prompts, num_per_prompt, max_tokens):
                 rows = [self._row(i, k, prompts[i], max_tokens, seed) for i in indices for k in range(num_per_prompt)]
                 self._complete(steps, rows, num_per_prompt, draw, stops)
@@ -175,11 +176,12 @@ class Sampler:
         problems = [
             f"prompt {i} is empty: begin with a token, for instance bos" for i, p in enumerate(prompts) if len(p) == 0
         ]
-        if self._max_positions is not None:
+        longest = soft_prompt.context_tokens(self.model.backbone)
+        if longest is not None:
             problems += [
-                f"prompt {i} has {len(p)} tokens and the model takes {self._max_positions} in all: shorten it"
+                f"prompt {i} has {len(p)} tokens and the model takes {longest} in all: shorten it"
                 for i, p in enumerate(prompts)
-                if len(p) >= self._max_positions
+                if len(p) >= longest
             ]
         if num_per_prompt < 1 or max_tokens < 1:
             problems.append(f"num_per_prompt {num_per_prompt} and max_tokens {max_tokens} must be at least 1")
@@ -190,7 +192,8 @@ class Sampler:
             raise ModelError("sampling: " + "; ".join(problems[:20]) + more)
 
     def _row(self, index: int, number: int, prompt: Sequence[int], max_tokens: int, seed: int) -> _Row:
-        room = max_tokens if self._max_positions is None else min(max_tokens, self._max_positions - len(prompt))
+        longest = soft_prompt.context_tokens(self.model.backbone)
+        room = max_tokens if longest is None else min(max_tokens, longest - len(prompt))
         generator = torch.Generator(device=self.model.backbone.device).manual_seed(stream_seed(seed, index, number))
         return _Row(index, number, prompt, room, generator)
 
@@ -205,8 +208,9 @@ class Sampler:
     def _groups(self, prompts: Sequence[Sequence[int]], num: int, max_tokens: int) -> Iterator[list[int]]:
         """Indices of prompts that share a batch: sorted by length, within the cache budget."""
         group: list[int] = []
+        more = soft_prompt.num_virtual(self.model.backbone) + max_tokens
         for i in sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i)):
-            full = (len(group) + 1) * num * (len(prompts[i]) + max_tokens) > self.max_cache_tokens
+            full = (len(group) + 1) * num * (len(prompts[i]) + more) > self.max_cache_tokens
             if group and (full or (not self._pads and len(prompts[i]) != len(prompts[group[-1]]))):
                 yield group
                 group = []
@@ -229,8 +233,9 @@ class Sampler:
         """The backbone read for decoding, where it can be: a reading that fails this time says nothing of the next."""
         backbone, compute = self.model.backbone, self.model.compute
         head = language_head(backbone, causal=True)
-        if self.why_slow is None:
-            self.why_slow = why_not(backbone, head, compute)
+        behind = soft_prompt.num_virtual(backbone)
+        if self.why_slow is None or (self.uses_cache and behind != self._behind):
+            self.why_slow, self._behind = why_not(backbone, head, compute), behind
         if head is None or self.why_slow:
             return None
         try:
@@ -354,16 +359,3 @@ def _grow(rows: Sequence[_Row], tokens: Tensor, logprobs: Tensor, stops: _Stops)
         row.logprobs.append(logprob)
         row.stop = "" if token in stops.ids else stops.found(row.ids)
         row.ended = token in stops.ids or bool(row.stop)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Dropout off and no gradients; every submodule's own mode is put back."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part in training:
-            part.training = True

@@ -16,6 +16,7 @@ from tunesmith.data.batches import collate
 from tunesmith.data.replay import ReplaySource, Share
 from tunesmith.engine.contracts import FitSpec, Progress
 from tunesmith.errors import ModelError, RunError
+from tunesmith.model import soft_prompt
 from tunesmith.model.language import LanguageModel
 from tunesmith.model.load import load_backbone, load_config
 from tunesmith.objectives.replay import WithReplay
@@ -96,6 +97,8 @@ def _language(built: Built, job: Job, *, masked: bool) -> LanguageModel:
     headed.tie_weights()
     for parameter in headed.parameters():
         parameter.requires_grad_(parameter.requires_grad and any(parameter is p for p in tuned.parameters()))
+    if (soft := soft_prompt.held_by(job.backbone)) is not None:
+        headed.add_module(soft_prompt.PLACE, soft)
     return LanguageModel(headed, causal=not masked, compute=job.compute).to(job.device)
 
 
@@ -145,7 +148,7 @@ def outcome(run: RunDir, built: Built, job: Job, spec: FitSpec, progress: Progre
     notes, source = progress.extra, built.stage.source
     found = {
         "at_most": spec.limit.at_most, "on_exceed": spec.limit.on_exceed, "kept_step": progress.best_step,
-        "base_kept": progress.best_step == 0, FORGETTING: max(probe["rise"] for probe in probes.values()),
+        "base_kept": progress.best_step == 0, "start_is_base": not job.starts_from_base, FORGETTING: max(probe["rise"] for probe in probes.values()),
         "exceeded": notes.get("exceeded", 0), "went_back": notes.get("went_back", 0), "rate": notes.get("rate", 1.0),
         "probes": probes,
     }  # fmt: skip
@@ -157,6 +160,10 @@ def outcome(run: RunDir, built: Built, job: Job, spec: FitSpec, progress: Progre
 def verdict(found: Mapping[str, Any]) -> str:
     """One sentence on the limit, as the report and the terminal say it."""
     limit, rose = f"{100 * found['at_most']:g} %", f"{100 * found[FORGETTING]:+.2f} %"
+    if found["base_kept"] and not found.get("start_is_base", True):
+        return (f"NO CHECKPOINT KEEPS FORGETTING WITHIN {limit}: nothing was learned. The soft prompt is kept as it was "
+                f"drawn, with which it is {rose}: use the base without it. Evaluate more often (train.eval_every), "
+                "lower train.learning_rate, or add forget.replay")  # fmt: skip
     if found["base_kept"]:
         return (f"NO CHECKPOINT KEEPS FORGETTING WITHIN {limit}: the base is kept as it was, and nothing was learned. "
                 "Evaluate more often (train.eval_every), lower train.learning_rate, or add forget.replay")  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -21,9 +22,10 @@ from tunesmith.engine.contracts import FitSpec, Stage
 from tunesmith.engine.limit import Limit
 from tunesmith.engine.metrics import MetricsLog
 from tunesmith.engine.optim import OptimSpec, rate_at
+from tunesmith.errors import RecipeError
 from tunesmith.evaluate.generate import GenerationResult
 from tunesmith.evaluate.intervals import Estimate, Statistic
-from tunesmith.model import soft_prompt
+from tunesmith.model import adapters, soft_prompt
 from tunesmith.model.language import LanguageModel
 from tunesmith.model.trainable import Trainable, TrainableSpec
 from tunesmith.recipe import Recipe
@@ -92,6 +94,16 @@ class Job:
     def chooses_by_own(self) -> bool:
         """Whether the best checkpoint is chosen by a metric of the user's own."""
         return self.own is not None and self.recipe.train.select_by in self.own.names
+
+    @property
+    def starts_from_base(self) -> bool:
+        """Whether the run's start is its base with what was added switched off: a new adapter is the identity, a new
+        soft prompt is not. One that the run goes on from is the start itself."""
+        return self.recipe.tune.adapter is None and soft_prompt.held_by(self.backbone) is not None
+
+    def at_start(self) -> AbstractContextManager[None]:
+        """The backbone, not yet trained, as what came before the run: a new soft prompt is switched off inside."""
+        return adapters.disabled(self.backbone) if self.starts_from_base else nullcontext()
 
     def own_for(self, store: Store, full: bool) -> Own | None:
         """The user's own metrics where they judge a measurement of `store`: held-out rows, test rows, whatever `eval`
@@ -233,7 +245,7 @@ def trainable_spec(recipe: Recipe, folder: Path) -> TrainableSpec:
 def virtual_tokens(recipe: Recipe) -> int:
     """Positions that the recipe's soft prompt takes from every text; 0 without one."""
     number = (recipe.tune.peft or {}).get("num_virtual_tokens")
-    return number if has_soft_prompt(recipe) and isinstance(number, int) else 0
+    return number if has_soft_prompt(recipe) and type(number) is int and number > 0 else 0
 
 
 def has_soft_prompt(recipe: Recipe) -> bool:
@@ -243,9 +255,15 @@ def has_soft_prompt(recipe: Recipe) -> bool:
 
 
 def text_tokens(recipe: Recipe, record: Mapping[str, Any]) -> int | None:
-    """Tokens that a text may have beside the recipe's soft prompt, of a base's record; None where it names no limit."""
-    context = record["context_tokens"]
-    return None if context is None else max(0, int(context) - virtual_tokens(recipe))
+    """Tokens that a text may have beside the recipe's soft prompt, of a base's record; None where it names no limit.
+
+    `RecipeError` where the soft prompt leaves no room.
+    """
+    context, virtual = record["context_tokens"], virtual_tokens(recipe)
+    if context is not None and int(context) <= virtual:
+        raise RecipeError(f"tune.peft.num_virtual_tokens is {virtual}, and {recipe.base} takes {context} tokens in all, "
+                          "which leaves no room for a text; lower it")  # fmt: skip
+    return None if context is None else int(context) - virtual
 
 
 def _beside(folder: Path, name: str) -> Path:

@@ -61,7 +61,8 @@ def build_online(
     known = [s for s in (prompts, job.inputs.eval, job.inputs.test) if isinstance(s, PromptSet)]
     how = recipe.sampling
     sampling = Sampling(how.max_tokens, how.temperature, how.top_p, how.top_k, tuple(how.stop or ()))
-    actor = Actor(model, device=job.device, start=None if job.start is None else job.start())
+    start = None if job.start is None or job.starts_from_base else job.start()
+    actor = Actor(model, device=job.device, start=start, base=job.starts_from_base)
     collector = Collector(Sampler(model, job.tokenizer), build_reward(job, known), sampling)
     source = OnlineSource(
         _schedule(job, rounds, len(prompts)), prompts, collector, actor, method,

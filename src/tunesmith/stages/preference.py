@@ -20,6 +20,7 @@ from tunesmith.data.store import SampleStore
 from tunesmith.errors import DataError
 from tunesmith.evaluate.likelihood import token_batches
 from tunesmith.evaluate.preference import Answers, Comparing, PreferenceResult, evaluate_preferences
+from tunesmith.model import soft_prompt
 from tunesmith.model.hashing import backbone_hash
 from tunesmith.model.language import LanguageModel
 from tunesmith.model.packing import evaluating
@@ -48,8 +49,8 @@ def measure_preferences(
 class References:
     """Stores with the log-probs of the model as it is now - before training - beside every token.
 
-    The reference is the start of the run, whatever that is: the adapter that is still the identity, an adapter that
-    the run goes on from, or the weights that full tuning will change. It is computed with the very model that trains,
+    The reference is the start of the run, whatever that is: the adapter that is still the identity, the base without its
+    new soft prompt, an adapter that the run goes on from, or the weights that full tuning will change. It is computed with the very model that trains,
     so no second copy of it is ever held, and kept in the cache by content: the samples, the weights, how they were
     computed.
     """
@@ -69,13 +70,14 @@ class References:
         path = self._folder / "reference" / f"{self._key(store)}.npy"
         found = _read(path, store.num_tokens)
         if found is None:
-            found = reference_column(self._model, store, max_tokens=self._job.eval_tokens, device=self._job.device)
+            with self._job.at_start():
+                found = reference_column(self._model, store, max_tokens=self._job.eval_tokens, device=self._job.device)
             _write(path, found)
         return found
 
     def _key(self, store: SampleStore) -> str:
         job = self._job
-        self._start = self._start or _hash_of(job.backbone)
+        self._start = self._start or _hash_of(job)
         parts = [
             store.fingerprint, self._start, job.recipe.tune.quantize, job.precision, job.device, job.eval_tokens,
             torch.__version__, torch.get_num_threads(),
@@ -96,9 +98,12 @@ def reference_column(model: LanguageModel, store: SampleStore, *, max_tokens: in
     return column
 
 
-def _hash_of(backbone: Any) -> str:
-    """The base's content and, where not everything is the base's, that of the parameters that will learn."""
-    parts = sha256(str(backbone_hash(backbone)).encode())
+def _hash_of(job: Job) -> str:
+    """The base's content and, where the start is not the base alone, that of the parameters that will learn."""
+    backbone = job.backbone
+    parts = sha256(str(backbone_hash(backbone, skip=(soft_prompt.PLACE,))).encode())
+    if job.starts_from_base:
+        return parts.hexdigest()
     for name, parameter in sorted(backbone.named_parameters()):
         if parameter.requires_grad:
             parts.update(name.encode())

@@ -133,9 +133,10 @@ def _train(
         source=stage.source,
         identity=identity(job, str(base["hash"])),
     )
-    measuring.measure_before(run, built, job, say)
-    forgetting.measure_start(run, built, job)
-    baselining.measure_baselines(run, built, job, say)
+    with job.at_start():
+        measuring.measure_before(run, built, job, say)
+        forgetting.measure_start(run, built, job)
+        baselining.measure_baselines(run, built, job, say)
     files = _files(run, built)
     resumed = again and resume(state, files, say=say)
     if resumed:
