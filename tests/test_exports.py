@@ -14,7 +14,7 @@ SIGNATURES = {
     "compare": "(recipe, overrides=(), *, tune=(), bases=(), grid=(), seeds=1, untuned=(), "
     "budget=None, to=None, say=_silent)",
     "elo": "(files, *, seed=0)",
-    "evaluate": "(run_or_model, data, *, stage=None, metrics=(), say=_silent)",
+    "evaluate": "(run_or_model, data, *, stage=None, metrics=(), rewards=(), say=_silent)",
     "export": "(run, to, format='adapter', *, push_to=None, say=_silent)",
     "finetune": "(base, data, stage, method='lora', *, say=_silent, show=_silent, **settings)",
     "init": "(stage=None, *, data=None, base=None, to=None, say=_silent)",

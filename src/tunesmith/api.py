@@ -223,15 +223,17 @@ def evaluate(
     *,
     stage: str | None = None,
     metrics: Sequence[str | Callable[..., Any]] = (),
+    rewards: Sequence[str] = (),
     say: Say = _silent,
 ) -> dict[str, Any]:
     """Measure a run's tuned model, or any model folder or hub id, on `data`; `{metric: {value, low, high, n}}`.
 
-    `metrics` are functions of your own, or `file.py:name`, that judge every row beside the built-in metrics.
+    `metrics` are functions of your own, or `file.py:name`, that judge every row beside the built-in metrics. `rewards`
+    are the functions of the run's reward, `file.py:name`: what a run's recipe names does not run unless it is given.
     """
     from tunesmith.stages import using
 
-    return using.evaluate(run_or_model, str(data), stage=stage, metrics=metrics, say=say)
+    return using.evaluate(run_or_model, str(data), stage=stage, metrics=metrics, rewards=rewards, say=say)
 
 
 def predict(run: str | Path, texts: Sequence[str], *, max_tokens: int = 256) -> list[dict[str, Any]]:

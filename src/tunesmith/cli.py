@@ -185,12 +185,16 @@ def evaluate(
     metric: Annotated[
         list[str] | None, typer.Option("--metric", help="A metric of yours, file.py:function; may be repeated.")
     ] = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option("--reward", help="A function of the run's reward, file.py:function; may be repeated."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a run's model, or any model, on held-out rows."""
     from tunesmith import api
 
-    result = api.evaluate(target, data, stage=stage, metrics=metric or (), say=_say)
+    result = api.evaluate(target, data, stage=stage, metrics=metric or (), rewards=reward or (), say=_say)
     _give(result, as_json, evaluation_lines)
 
 

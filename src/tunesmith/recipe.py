@@ -204,16 +204,18 @@ def _read_extended(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], 
     return base, {**placed, **lines}, {**dict.fromkeys(base_origins, f"extends {parent}"), **origins}
 
 
-_PART_KEYS = frozenset(DataSource.model_fields) - {"path"}
-
-
 def merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:
-    """Put `over` into `base`, section by section, `over` winning."""
+    """Put `over` into `base`, section by section, `over` winning. A source keeps its path unless `over` names one."""
+    _merge(base, over, "")
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any], prefix: str) -> None:
     for key, value in over.items():
-        if isinstance(value, dict) and isinstance(base.get(key), str) and set(value) <= _PART_KEYS:
+        opened = isinstance(value, dict) and f"{prefix}{key}" in SOURCE_KEYS and "path" not in value
+        if opened and isinstance(base.get(key), str):
             base[key] = {"path": base[key]}
         if isinstance(value, dict) and isinstance(base.get(key), dict):
-            merge(base[key], value)
+            _merge(base[key], value, f"{prefix}{key}.")
         else:
             base[key] = value
 

@@ -41,6 +41,12 @@ def parts_of(text: str) -> tuple[str, str] | None:
     return (file, name) if colon and file.endswith(".py") and name.isidentifier() else None
 
 
+def metric_name(text: str) -> str:
+    """What the metric goes by that `file.py:name` names."""
+    parts = parts_of(text)
+    return text if parts is None else parts[1]
+
+
 def name_problems(names: Sequence[str]) -> list[str]:
     """What is wrong with these names of metrics: taken by a built-in one, or given twice."""
     taken = [f"`{name}` is the name of a built-in metric; call the function otherwise" for name in names

@@ -34,6 +34,11 @@ def test_labels_go_round(run, work):
     again = recipe_for("classify", data={"train": "labels.jsonl", "mix": None})
     again["data"] = {"mix": [{"path": "labels.jsonl"}, {"path": "out.jsonl"}], "eval": "labels-eval.jsonl"}
     assert tunesmith.train(again, run="again")["trainable_parameters"] > 0
+    done = run("predict", "labels", "--file", "out.jsonl", "--to", "anew.jsonl")
+    assert done.code == 0, done.err
+    anew = rows_of(work / "anew.jsonl")
+    assert [row["label"] for row in anew] == after, "what was corrected is the row's answer now"
+    assert [row["prediction"] for row in anew] == before and not any(row["correction"] for row in anew)
     refused = run("predict", "labels", "--file", "ask.jsonl", "--to", "out.jsonl")
     assert refused.code == 2 and "may hold corrections" in refused.err
 

@@ -28,6 +28,9 @@ def surprise_loss(label, probabilities):
     import math
     return -math.log(probabilities[label])
 
+def doubt(label, probabilities):
+    return 1 - probabilities[label]
+
 def length(completion):
     return len(completion)
 
@@ -134,6 +137,15 @@ def test_the_checkpoint_is_chosen_by_it(metrics, work):
     best = min(lines, key=lambda line: line["metrics"]["surprise_loss"])
     assert late["best_step"] == best["step"] and "surprise loss" in late["verdict"]
     assert late["after"]["surprise_loss"]["value"] == pytest.approx(best["metrics"]["surprise_loss"])
+    recipe = recipe_for(
+        "classify", evaluate={"metrics": metrics("doubt")},
+        train={"select_by": "doubt", "epochs": 3, "learning_rate": 1e-2},
+    )  # fmt: skip
+    early = tunesmith.train(recipe, run="high")
+    lines = [json.loads(line) for line in (work / "runs" / "high" / "evaluations.jsonl").read_text().splitlines()]
+    best = max(lines, key=lambda line: line["metrics"]["doubt"])
+    assert early["best_step"] == best["step"] < lines[-1]["step"]
+    assert early["after"]["doubt"]["value"] == pytest.approx(best["metrics"]["doubt"])
 
 
 def test_completions_are_made_at_evaluations_only_where_they_choose(metrics, work):
@@ -146,8 +158,9 @@ def test_completions_are_made_at_evaluations_only_where_they_choose(metrics, wor
 
 def test_eval_takes_metrics_from_the_command_line_and_from_python(metrics, run, work):
     tunesmith.train(recipe_for("classify", evaluate={"metrics": metrics("right")}), run="labels")
-    done = run("eval", "labels", "--data", "labels-eval.jsonl", "--metric", "my_metrics.py:surprise_loss", "--json")
-    assert done.code == 0, done.err
+    both = ("--metric", "my_metrics.py:surprise_loss", "--metric", "my_metrics.py:right")
+    done = run("eval", "labels", "--data", "labels-eval.jsonl", *both, "--json")
+    assert done.code == 0 and "left out" not in done.err, done.err
     after = tunesmith.runs_show("labels")["after"]
     assert {name: done.json["metrics"][name] for name in after} == after
     assert done.json["metrics"]["surprise_loss"]["value"] == pytest.approx(after["loss"]["value"], abs=1e-9)
@@ -166,7 +179,7 @@ def test_eval_takes_metrics_from_the_command_line_and_from_python(metrics, run, 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("raises", ("ZeroDivisionError", "my_metrics.py:26", "labels-eval.jsonl:5")),
+        ("raises", ("ZeroDivisionError", "my_metrics.py:29", "labels-eval.jsonl:5")),
         ("nan", ("returned nan", "labels-eval.jsonl:1", "finite")),
         ("text", ("returned '0.5'", "labels-eval.jsonl:1")),
         ("nothing", ("returned None", "labels-eval.jsonl:1")),
@@ -235,21 +248,53 @@ def test_what_a_recipe_may_not_say_of_metrics(metrics, work):
 
 
 def test_a_changed_function_is_noticed_when_a_run_goes_on(metrics, work, run):
-    """Before and after are by one function; a run whose checkpoint it chooses does not go on with another."""
+    """Before and after are by one function: no run goes on with another one, which is not even loaded."""
     for name, train in (("seen", {}), ("chooses", {"select_by": "right"})):
         recipe = recipe_for("classify", evaluate={"metrics": metrics("right")}, train={"epochs": 2, **train})
         tunesmith.train(recipe, run=name)
         (work / "runs" / name / "result.json").unlink()
     assert "right" in json.dumps(json.loads((work / "runs" / "seen" / "inputs.json").read_text())["metrics"])
-    (work / "my_metrics.py").write_text(FUNCTIONS.replace("return predicted == label", "return 0.25"))
-    done = run("train", "--resume", "seen", "--json")
-    assert done.code == 0 and "metric my_metrics.py:right has changed since the run began" in done.err
-    assert done.json["before"]["right"]["value"] == done.json["after"]["right"]["value"] == 0.25
-    with pytest.raises(RunError, match="metric function right"):
-        tunesmith.resume("chooses")
+    planted = "open('ran', 'w').close()\n" + FUNCTIONS
+    (work / "my_metrics.py").write_text(planted)
+    for name in ("seen", "chooses"):
+        done = run("train", "--resume", name, "--json")
+        assert done.code == 2 and "metric my_metrics.py:right has changed since the run began" in done.err
+        with pytest.raises(RunError, match="was not run"):
+            tunesmith.resume(name)
     (work / "my_metrics.py").unlink()
-    gone = run("eval", "seen", "--data", "labels-eval.jsonl", "--json")
-    assert gone.code == 0 and "is left out: its file is not there" in gone.err and "right" not in gone.json["metrics"]
+    assert run("train", "--resume", "seen").code == 2
+    assert not (work / "ran").exists()
+    (work / "my_metrics.py").write_text(FUNCTIONS)
+    assert tunesmith.resume("seen")["after"]["right"] == tunesmith.resume("chooses")["after"]["right"]
+
+
+def test_a_run_folder_alone_runs_no_code(metrics, work, run):
+    """What a received folder's recipe names is told of and not run, be it a metric or a reward."""
+    reward = "rewards.py:long"
+    (work / "rewards.py").write_text(
+        "def long(prompts, completions):\n    return [float(len(c)) for c in completions]\n"
+    )
+    tunesmith.train(recipe_for("classify", evaluate={"metrics": metrics("right")}), run="labels")
+    write_rows(work / "asked.jsonl", [{"prompt": f"what is {n} plus 1?", "answer": "7"} for n in range(6)])
+    recipe = recipe_for(
+        "sft", data={"train": "asked.jsonl", "eval": "asked.jsonl"}, evaluate={"samples": 0},
+        train={"epochs": None, "steps": 1, "batch_examples": None, "select_by": None},
+        reward={"function": reward}, sampling={"max_tokens": 4}, grpo={"prompts": 2, "group": 2},
+    )  # fmt: skip
+    tunesmith.train(recipe | {"stage": "grpo", "preflight": {"allow": ["overlap"]}}, run="answers")
+    for file in ("my_metrics.py", "rewards.py"):
+        (work / file).write_text("open('ran', 'w').close()\n" + (work / file).read_text())
+    done = run("eval", "labels", "--data", "labels-eval.jsonl", "--json")
+    assert done.code == 0 and "right" not in done.json["metrics"], done.err
+    assert "metric my_metrics.py:right of the run's recipe is left out" in done.err and "--metric " in done.err
+    paid = run("eval", "answers", "--data", "asked.jsonl")
+    assert paid.code == 2 and f"add --reward {reward}" in paid.err, paid.err
+    assert not (work / "ran").exists()
+    paid = run("eval", "answers", "--data", "asked.jsonl", "--reward", reward, "--json")
+    assert paid.code == 0 and "reward" in paid.json["metrics"], paid.err
+    assert (work / "ran").exists(), "the control: what is named runs"
+    wrong = run("eval", "answers", "--data", "asked.jsonl", "--reward", "rewards.py:short")
+    assert wrong.code == 2 and "has no function of that name; it has long" in wrong.err
 
 
 def test_which_way_a_metric_is_better():

@@ -10,7 +10,7 @@ import pytest
 
 from tunesmith import api
 from tunesmith.cli import main
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, RecipeError
 from tunesmith.evaluate.elo import Judgement, rate
 from tunesmith.evaluate.intervals import mean_interval
 from tunesmith.evaluate.ratings import Rating, mean_ratings, rating_differences
@@ -112,6 +112,21 @@ def test_rows_that_are_no_judgements_are_refused_by_line(written, capsys):
     said = capsys.readouterr().err
     assert all(f"bad.jsonl:{line}" in said for line in (1, 2, 3)) and "none of a, b, tie" in said
     assert main(["elo", "nowhere.jsonl"]) == 2 and main(["elo", written("none.jsonl", [{"a": 1}])]) == 2
+
+
+@pytest.mark.parametrize("winner", [["a"], {"a": 1}, 1, None])
+def test_a_winner_that_is_no_text_is_a_bad_row(winner, written):
+    judged = {"judged": {"a": "x", "b": "y"}, "verdict": winner}
+    for row in ({"a": "x", "b": "y", "winner": winner}, judged):
+        with pytest.raises(DataError, match=r"bad\.jsonl:1: the winner is"):
+            api.elo(written("bad.jsonl", [row]))
+
+
+def test_numbers_that_cannot_be_are_one_message(written):
+    with pytest.raises(RecipeError, match="seed is -1"):
+        api.elo(written("one.jsonl", [{"a": "x", "b": "y", "winner": "a"}]), seed=-1)
+    with pytest.raises(DataError, match="which is no number"):
+        api.ratings(written("rated.jsonl", [{"system": "x", "rating": 10**400}]))
 
 
 def test_mean_ratings_by_hand():

@@ -101,6 +101,14 @@ def test_a_column_may_be_named_by_its_role_and_must_hold_one_value(tmp_path):
         drawn_part(_records(tmp_path, lists), 10, balance="kind")
 
 
+def test_a_label_that_was_corrected_is_balanced_as_it_is_trained(tmp_path):
+    marked = {"prediction": "x", "tunesmith": "predicted"}
+    rows = [{"text": f"Text number {n}", "label": "a", "correction": "b" if n % 4 == 0 else None, **marked}
+            for n in range(80)]  # fmt: skip
+    part = drawn_part(_records(tmp_path, rows), 40, balance="label")
+    assert Counter(record.label for record in part) == {"a": 20, "b": 20}
+
+
 def _recipe(train: Any, **data: Any) -> dict[str, Any]:
     return {"stage": "classify", "base": "b", "data": {"train": train, **data}}
 
@@ -120,6 +128,10 @@ def test_a_recipe_takes_a_part_from_the_file_and_from_the_command_line(tmp_path)
     (tmp_path / "whole.yaml").write_text(yaml.safe_dump(_recipe("data.jsonl")))
     (tmp_path / "small.yaml").write_text("extends: whole.yaml\ndata: {train: {rows: 30}}\n")
     assert load_recipe(tmp_path / "small.yaml").recipe.data.train == DataSource(path="data.jsonl", rows=30)
+    (tmp_path / "small.yaml").write_text("extends: whole.yaml\ndata: {train: {rows: 30, blance: label}}\n")
+    with pytest.raises(RecipeError, match="did you mean `balance`") as refused:
+        load_recipe(tmp_path / "small.yaml")
+    assert "is missing" not in str(refused.value), "the path is the parent's"
 
 
 def test_each_source_has_a_part_of_its_own(tmp_path):

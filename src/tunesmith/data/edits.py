@@ -25,6 +25,8 @@ _OWN_ROWS, _OWN_PART = 10, 200
 """Two neighbouring tokens that stand in more than 10 rows, and in more than one of 200, belong to a form."""
 _FEWEST_OWN = 3
 _BUCKETS = 20
+_PART, _SLICE_BITS = 4096, 2
+"""Rows hashed at a time; bits of a hash by which the hashes held at a time are chosen."""
 _INVERSE = np.uint64(pow(int(MIX), -1, 1 << 64))
 Ints = NDArray[np.int64]
 Keys = NDArray[np.uint64]
@@ -85,9 +87,15 @@ class _Short:
         own = np.concatenate([[0], np.cumsum(_own(mine, place, len(chosen)))])
         return cls(mine, starts, lengths, sums, own)
 
-    def without(self, size: int, edit: Edit) -> tuple[Keys, Ints, Ints]:
-        """(hash, row, place) of every row without `size` tokens from every place; the place is part of the hash."""
-        rows = np.flatnonzero((self.lengths >= 6 * size) | (size <= 1))
+    def without(self, edit: Edit) -> Iterator[tuple[Keys, Ints, Ints, int]]:
+        """(hash, row, place, size) of every row without `size` tokens from every place, some thousand rows at a time;
+        the place is part of the hash."""
+        for size in range(edit.place + 1):
+            rows = np.flatnonzero((self.lengths >= 6 * size) | (size <= 1))
+            for start in range(0, len(rows), _PART):
+                yield *self._hashed(rows[start : start + _PART], size), size
+
+    def _hashed(self, rows: Ints, size: int) -> tuple[Keys, Ints, Ints]:
         counts = self.lengths[rows] - size + 1
         owner = np.repeat(rows, counts)
         place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -119,10 +127,9 @@ def _own(ids: NDArray[np.integer], place: Ints, rows: int) -> NDArray[np.bool_]:
 
 def _groups(short: _Short, edit: Edit) -> Iterator[tuple[int, int, int, int]]:
     """(row, first row of its group, place, tokens left out of the row) of every hash that some rows share."""
-    repeated = _repeated(np.concatenate([short.without(size, edit)[0] for size in range(edit.place + 1)]))
+    repeated = _repeated(short, edit)
     parts = []
-    for size in range(edit.place + 1):
-        keys, owner, place = short.without(size, edit)
+    for keys, owner, place, size in short.without(edit):
         at = np.minimum(np.searchsorted(repeated, keys), max(0, len(repeated) - 1))
         found = np.flatnonzero(repeated[at] == keys) if len(repeated) else np.zeros(0, np.int64)
         parts.append(np.stack([at[found], owner[found], place[found], np.full(len(found), size)], 1))
@@ -138,7 +145,11 @@ def _groups(short: _Short, edit: Edit) -> Iterator[tuple[int, int, int, int]]:
         yield row, earlier, at, size
 
 
-def _repeated(keys: Keys) -> Keys:
-    """The keys that stand more than once, in order."""
-    keys.sort()
-    return np.unique(keys[1:][keys[1:] == keys[:-1]])
+def _repeated(short: _Short, edit: Edit) -> Keys:
+    """The hashes that stand more than once, in order; they are made again for each slice, so as to hold one alone."""
+    found, shift = [], np.uint64(64 - _SLICE_BITS)
+    for number in range(1 << _SLICE_BITS):
+        keys = np.concatenate([made[made >> shift == number] for made, *_ in short.without(edit)])
+        keys.sort()
+        found.append(np.unique(keys[1:][keys[1:] == keys[:-1]]))
+    return np.concatenate(found)

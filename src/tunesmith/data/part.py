@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from tunesmith.data.convert import label_of
+from tunesmith.data.convert import answer_column, label_of
+from tunesmith.data.corrections import corrected
 from tunesmith.data.kinds import Record, full_text
 from tunesmith.data.records import RecordSet
 from tunesmith.data.rows import Row, RowError, shown
@@ -21,16 +22,22 @@ _SHOWN = 8
 def drawn_part(records: RecordSet | Subset, rows: int, *, seed: int = 0, balance: str | None = None) -> Subset:
     """`rows` of the records, in their order; with `balance`, a column or a role, equally many of each of its values.
 
-    Where `rows` cannot be shared out evenly, the first values in their order have one more. A row's draw depends on
-    the seed and its text alone, so the same rows are taken from a file in another order or another format (of rows
-    with the same text, the first). Reads the data once and holds about 100 bytes for each row asked for. `DataError`
-    when there are fewer rows than asked for, or a row has no single value to balance by.
+    Where `rows` cannot be shared out evenly, the first values in their order have one more. A filled-in correction
+    counts as the answer, as in training. A row's draw depends on the seed and its text alone, so the same rows are
+    taken from a file in another order or another format (of rows with the same text, the first). Reads the data once
+    and holds about 100 bytes for each row asked for. `DataError` when there are fewer rows than asked for, or a row has
+    no single value to balance by.
     """
     if rows < 1:
         raise DataError(f"{', '.join(records.files)}: {rows} rows are asked for; take at least 1")
-    lots = _Lots(rows)
+    lots, answer = _Lots(rows), answer_column(records.columns, records.template)
     for number, (row, record) in enumerate(records.rows()):
-        lots.add(number, "" if balance is None else _value(row, record, balance, records.columns), record, seed)
+        lots.add(
+            number,
+            "" if balance is None else _value(corrected(row, answer), record, balance, records.columns),
+            record,
+            seed,
+        )
         if len(lots.kept) > rows:
             raise DataError(f"{record.origin}: {balance!r} has more values than the {rows:,} rows asked for; balance "
                             "by another column, or ask for more rows")  # fmt: skip

@@ -53,8 +53,8 @@ def read_metric(path: Path, name: str, given: Sequence[str], *, where: str, key:
     Raises `RecipeError`, whose message begins with `key`, when the file or the function is not there, cannot be
     loaded, or asks for something else.
     """
+    content = f"{file_sha256(path)}:{name}" if path.is_file() else ""
     function = load_function(path, name, key)
-    content = f"{file_sha256(path)}:{name}"
     return OwnMetric(name, function, where, content, _wanted(function, given, f"{key}: {where}"))
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from tunesmith.data.column import read_texts_of_rows
 from tunesmith.data.convert import ANSWERS
-from tunesmith.data.corrections import COLUMNS, CORRECTION, MARK, PREDICTION, is_marked, own_columns
+from tunesmith.data.corrections import COLUMNS, CORRECTION, MARK, PREDICTION, corrected, is_marked, own_columns
 from tunesmith.data.records import read_records
+from tunesmith.data.rows import Row
 from tunesmith.data.templates import get_template, placeholders
 from tunesmith.errors import DataError
 from tunesmith.model.score import ScoreModel
@@ -23,7 +24,8 @@ def annotate(run: RunDir, file: str | Path, to: Path, *, column: str | None, max
     """Every row of `file` with the model's `prediction`, a `correction` of null and the mark of such a row, written to
     the new file `to`.
 
-    A row without an answer of its own gets the prediction as that. Returns what `predict` returns. Raises `DataError`
+    A row without an answer of its own gets the prediction as that; in a file that was corrected already the correction
+    is the answer, and the row is predicted anew. Returns what `predict` returns. Raises `DataError`
     when `to` exists, since it may hold corrections already, and when a row has columns of these names of its own.
     """
     if to.exists():
@@ -35,7 +37,7 @@ def annotate(run: RunDir, file: str | Path, to: Path, *, column: str | None, max
     answer = _answer_column(tuned, str(file))
     rows = []
     for (_, name, values), one in zip(found, predicted, strict=True):
-        kept = own_columns(values)
+        kept = own_columns(corrected(Row(values, str(file)), answer).values)
         given = kept.get(answer)
         rows.append({
             name: kept.pop(name), **kept, answer: one["answer"] if given is None else given,

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from tunesmith.data.readers import kind_of, read_rows
 from tunesmith.data.rows import MAX_LISTED, BadRow, Row, RowError, bad_row
 from tunesmith.data.sources import find
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, RecipeError
 from tunesmith.evaluate.elo import SCORES, Judgement, rate
 from tunesmith.evaluate.ratings import HIGHEST, LOWEST, Rating, mean_ratings, rating_differences
 
@@ -22,8 +22,11 @@ _RATED = "a row is {system: NAME, rating: 1 to 7} and, where known, the `item` t
 def elo(files: Sequence[str | Path], *, seed: int = 0) -> Json:
     """`{ratings: {system: {value, low, high, n}}, differences: [...], judgements, ties, unclear, files}`.
 
-    Rows of `winrate` whose verdict is unclear are left out and counted. `DataError` lists every row that is none.
+    Rows of `winrate` whose verdict is unclear are left out and counted. `DataError` lists every row that is none;
+    `RecipeError` for a negative seed.
     """
+    if seed < 0:
+        raise RecipeError(f"seed is {seed}; it is 0 or more")
     read = _read(files, _judgement, _COMPARED)
     kept = [one for one in read if one is not None]
     if not kept:
@@ -94,9 +97,9 @@ def _judgement(row: Mapping[str, Any]) -> Judgement | None:
         raise _Bad(f"{a!r} is compared with itself")
     if isinstance(judged, Mapping) and winner == "unclear":
         return None
-    if winner not in SCORES:
+    if not isinstance(winner, str) or winner not in SCORES:
         raise _Bad(f"the winner is {winner!r:.60}, which is none of {', '.join(SCORES)}")
-    return Judgement(a, b, str(winner))
+    return Judgement(a, b, winner)
 
 
 def _rating(row: Mapping[str, Any]) -> Rating:
@@ -105,7 +108,7 @@ def _rating(row: Mapping[str, Any]) -> Rating:
         raise _Bad(f"the rating is {given!r:.60}, which is no number")
     try:
         value = float(given)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise _Bad(f"the rating is {given!r:.60}, which is no number") from None
     if not LOWEST <= value <= HIGHEST:
         raise _Bad(f"the rating is {value:g}, which is not from {LOWEST:g} to {HIGHEST:g}")

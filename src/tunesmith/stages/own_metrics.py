@@ -71,8 +71,8 @@ def own_metrics(
     return _made(found, sets, names) if found else None
 
 
-def with_given(stage: str, own: Own | None, given: Sequence[Given], records: Any, key: str) -> Own | None:
-    """`own` and the metrics that are `given` beside the recipe; of two with one name the given one counts."""
+def given_metrics(stage: str, given: Sequence[Given], records: Any, key: str) -> Own | None:
+    """The metrics that are `given` beside a recipe; None without any."""
     if given and stage not in ARGUMENTS:
         raise RecipeError(f"{key}: stage {stage} has neither labels nor completions that a function could judge; "
                           f"metrics are for {', '.join(ARGUMENTS)}")  # fmt: skip
@@ -82,9 +82,7 @@ def with_given(stage: str, own: Own | None, given: Sequence[Given], records: Any
     ]
     if problems := name_problems([metric.name for metric in found]):
         raise RecipeError(f"{key}: {problems[0]}")
-    names = {metric.name for metric in found}
-    kept = [metric for metric in (() if own is None else own.metrics) if metric.name not in names]
-    return _made([*kept, *found], [records], {}) if kept or found else None
+    return _made(found, [records], {}) if found else None
 
 
 def _read(text: str, stage: str, folder: Path, key: str) -> OwnMetric:

@@ -27,7 +27,7 @@ from tunesmith.plan.hardware import environment, memory_explained, peak_memory_b
 from tunesmith.plan.page import page_lines
 from tunesmith.recipe import Recipe, Resolved, load_resolved
 from tunesmith.rundir import RunDir
-from tunesmith.stages import baselining, feature_cache, finals, forgetting, measuring, row_losses
+from tunesmith.stages import baselining, feature_cache, finals, forgetting, measuring, named_code, row_losses
 from tunesmith.stages.job import Built, Job, fit_spec, identity, warmup_note
 from tunesmith.stages.measuring import Moment
 from tunesmith.stages.prepare import STAGES, cache_folder, prepare
@@ -87,10 +87,10 @@ def _continue(run: RunDir, recipe: Recipe, *, say: Say, show: Show) -> dict[str,
     began = run.read_json("environment")
     torch.set_num_threads(began["threads"])
     folder = Path(run.read_json("inputs")["recipe_folder"])
+    named_code.refuse_changed(run, recipe, folder)
     precision = began["precision"] if recipe.precision == "auto" else None
     job, base = prepare(recipe, folder, say=say, device=began["device"], precision=precision)
     job = replace(job, run=run)
-    _note_changed(run, job, say)
     return _train(run, job, _build(job, say), base, again=True, say=say, show=show)
 
 
@@ -288,20 +288,5 @@ def _inputs(job: Job, base: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "template": job.recipe.data.asked_by(),
         "notes": list(inputs.notes),
         "recipe_folder": str(folder),
-        **_own_contents(job),
+        **named_code.contents(job.recipe, folder),
     }
-
-
-def _own_contents(job: Job) -> dict[str, Any]:
-    """The user's own metrics with the sha256 of their files."""
-    return {} if job.own is None else {"metrics": {metric.where: metric.content for metric in job.own.metrics}}
-
-
-def _note_changed(run: RunDir, job: Job, say: Say) -> None:
-    """Say which of the user's metrics are not those that the run began with; before and after are by the same ones."""
-    inputs, now = run.read_json("inputs"), _own_contents(job)
-    began = inputs.get("metrics", {})
-    changed = [where for where, content in now.get("metrics", {}).items() if began.get(where) != content]
-    if changed:
-        say(f"note: metric {', '.join(changed)} has changed since the run began; the base is measured again with it")
-        run.write_json("inputs", inputs | now)

@@ -79,7 +79,7 @@ def measure_test(run: Path, recipe: str, overrides: Sequence[str]) -> Json | Non
     sets = read_sets(start.recipe, start.folder)
     if sets.test is None:
         return None
-    measured, origins = using.measure_records(RunDir(run), sets.test)
+    measured, origins = using.measure_records(RunDir(run), sets.test, start.recipe, start.folder)
     return {"metrics": measured.as_json(), "test": as_json(_small(measured)), "origins": {"test": origins}}
 
 

@@ -23,20 +23,21 @@ from tunesmith.model.score import ScoreModel
 from tunesmith.model.trainable import Trainable
 from tunesmith.plan.hardware import choose_device, choose_precision
 from tunesmith.recipe import Recipe, load_recipe, load_resolved
-from tunesmith.recipe_metrics import named
+from tunesmith.recipe_metrics import metric_name, named
 from tunesmith.rollout.sampler import Sampler
 from tunesmith.rundir import RunDir, model_run, open_run
 from tunesmith.stages import finals, mlm
 from tunesmith.stages.finals import Tuned, classify_texts, longest_of, open_tuned
 from tunesmith.stages.job import Inputs, Job, Measured, text_tokens
-from tunesmith.stages.own_metrics import Given, Own, own_metrics, with_given
+from tunesmith.stages.named_code import located, reward_functions, with_rewards
+from tunesmith.stages.own_metrics import Given, Own, given_metrics
 from tunesmith.stages.prepare import (
+    ONLINE,
     STAGES,
     Say,
     Sets,
     labels_of,
     load_model,
-    locate,
     make_encoder,
     read_sets,
     store_of,
@@ -45,19 +46,35 @@ from tunesmith.stages.prepare import (
 
 
 def evaluate(
-    target: str | Path, data: str, *, stage: str | None, metrics: Sequence[Given] = (), say: Say
-) -> dict[str, Any]:
-    """`{model, stage, data, metrics, ...}` of a run or of any model folder or hub id; `metrics` are the user's own."""
+    target: str | Path, data: str, *, stage: str | None, metrics: Sequence[Given] = (), rewards: Sequence[str] = (),
+    say: Say,
+) -> dict[str, Any]:  # fmt: skip
+    """`{model, stage, data, metrics, ...}` of a run or of any model folder or hub id; `metrics` are the user's own.
+
+    Python that the run's recipe names runs only where it is named here, as one of `metrics` or `rewards`.
+    """
     run = find_run(target)
-    model = _of_run(run, data) if run is not None else _of_base(str(target), data, stage)
+    if run is None and rewards:
+        raise RecipeError(f"--reward is for runs that have a reward; {target} is no run")
+    model = _of_run(run, data, rewards) if run is not None else _of_base(str(target), data, stage)
     records = read_sets(model.recipe, Path.cwd()).train
     measured, _ = _measured(model, run, records, say, metrics)
     return _evaluation(str(target), data, model.recipe, measured)
 
 
-def measure_records(run: RunDir, records: Any) -> tuple[Measured, list[str]]:
-    """A run on any records of its stage, and where each row that was measured stands."""
-    return _measured(_of_run(run, None), run, records, lambda _: None)
+def measure_records(run: RunDir, records: Any, recipe: Recipe, folder: Path) -> tuple[Measured, list[str]]:
+    """A run on any records of its stage, and where each row that was measured stands.
+
+    The user has named `recipe`, whose paths begin in `folder`, so the metrics and the reward functions in it run.
+    """
+    metrics = located(named(recipe.evaluate.metrics), folder)
+    rewards = reward_functions(recipe) if recipe.stage in ONLINE else []
+    model = _of_run(run, None, located(rewards, folder))
+    return _measured(model, run, records, _silent, metrics)
+
+
+def _silent(_: str) -> None:
+    return None
 
 
 def _measured(
@@ -86,19 +103,14 @@ def _measured(
 
 
 def _own(recipe: Recipe, run: RunDir | None, records: Any, metrics: Sequence[Given], say: Say) -> Own | None:
-    """The metrics of the run's recipe, as their files are now, and those given here."""
-    folder, began = _folder_of(run), {} if run is None else run.read_json("inputs").get("metrics", {})
-    here = []
-    for text in named(recipe.evaluate.metrics):
-        if Path(locate(text.rpartition(":")[0], folder)).is_file():
-            here.append(text)
-        else:
-            say(f"warning: metric {text} of the run is left out: its file is not there")
-    own = own_metrics(recipe.stage, here, folder, [records])
-    for metric in () if own is None else own.metrics:
-        if began.get(metric.where, metric.content) != metric.content:
-            say(f"note: metric {metric.where} has changed since the run")
-    return with_given(recipe.stage, own, metrics, records, "--metric")
+    """The metrics given here. Those of the run's recipe are told of: nobody named them here, so they do not run."""
+    own = given_metrics(recipe.stage, metrics, records, "--metric")
+    given, asked = () if own is None else own.names, named(recipe.evaluate.metrics)
+    for text, path in zip(asked, located(asked, _folder_of(run)), strict=True):
+        if metric_name(text) not in given:
+            say(f"note: metric {text} of the run's recipe is left out, Python that nobody named here; read it, and add "
+                f"--metric {path}")  # fmt: skip
+    return own
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +152,11 @@ def settled(run: RunDir, recipe: Recipe) -> tuple[str, str]:
     return device, choose_precision(recipe.precision, device)
 
 
-def _of_run(run: RunDir, data: str | None) -> _Model:
+def _of_run(run: RunDir, data: str | None, rewards: Sequence[str]) -> _Model:
     device, precision = settled(run, load_resolved(run.file("recipe")))
     tuned, only = open_tuned(run, precision=precision), {} if data is None else _only(data)
     recipe = tuned.recipe.model_copy(update={"data": tuned.recipe.data.model_copy(update=only)})
+    recipe = with_rewards(recipe, rewards)
     return _Model(
         recipe, tuned.tokenizer, tuned.base, tuned.trainable, device, precision, tuned.label_names, tuned.backbone
     )
