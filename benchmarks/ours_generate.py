@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from tunesmith.model.language import LanguageModel
 from tunesmith.model.load import load_backbone, load_tokenizer
+from tunesmith.plan.hardware import peak_memory_bytes
 from tunesmith.rollout.sampler import Sampler
 
 
@@ -20,7 +20,7 @@ def main() -> None:
     torch.set_num_threads(spec["threads"])
     tokenizer = load_tokenizer(spec["model"])
     dtype = torch.bfloat16 if spec["precision"] == "bfloat16" else torch.float32
-    model = LanguageModel(load_backbone(spec["model"], "causal"), compute=dtype).eval()
+    model = LanguageModel(load_backbone(spec["model"], "causal"), compute=dtype).eval().to(spec["device"])
     lines = Path(spec["data"]).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line)["prompt"] for line in lines[: spec["batch"]]]
     prompts = [tokenizer(row)["input_ids"] for row in rows]
@@ -31,7 +31,7 @@ def main() -> None:
         rollouts = sampler.sample(prompts, max_tokens=spec["max_tokens"], seed=number)
         seconds.append(time.perf_counter() - started)
         tokens.append(sum(len(rollout.ids) for rollout in rollouts))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory_bytes(spec["device"])
     print(json.dumps({"seconds": seconds, "tokens": tokens, "losses": [], "peak_memory_bytes": peak}))
 
 
