@@ -148,7 +148,8 @@ def outcome(run: RunDir, built: Built, job: Job, spec: FitSpec, progress: Progre
     notes, source = progress.extra, built.stage.source
     found = {
         "at_most": spec.limit.at_most, "on_exceed": spec.limit.on_exceed, "kept_step": progress.best_step,
-        "base_kept": progress.best_step == 0, "start_is_base": not job.starts_from_base, FORGETTING: max(probe["rise"] for probe in probes.values()),
+        "base_kept": progress.best_step == 0, "start_is_base": not job.starts_from_base,
+        FORGETTING: max(probe["rise"] for probe in probes.values()),
         "exceeded": notes.get("exceeded", 0), "went_back": notes.get("went_back", 0), "rate": notes.get("rate", 1.0),
         "probes": probes,
     }  # fmt: skip
@@ -161,9 +162,9 @@ def verdict(found: Mapping[str, Any]) -> str:
     """One sentence on the limit, as the report and the terminal say it."""
     limit, rose = f"{100 * found['at_most']:g} %", f"{100 * found[FORGETTING]:+.2f} %"
     if found["base_kept"] and not found.get("start_is_base", True):
-        return (f"NO CHECKPOINT KEEPS FORGETTING WITHIN {limit}: nothing was learned. The soft prompt is kept as it was "
-                f"drawn, with which it is {rose}: use the base without it. Evaluate more often (train.eval_every), "
-                "lower train.learning_rate, or add forget.replay")  # fmt: skip
+        return (f"NO CHECKPOINT KEEPS FORGETTING WITHIN {limit}: nothing was learned. The soft prompt is kept as it "
+                f"was drawn, with which it is {rose}: use the base without it. Evaluate more often "
+                "(train.eval_every), lower train.learning_rate, or add forget.replay")  # fmt: skip
     if found["base_kept"]:
         return (f"NO CHECKPOINT KEEPS FORGETTING WITHIN {limit}: the base is kept as it was, and nothing was learned. "
                 "Evaluate more often (train.eval_every), lower train.learning_rate, or add forget.replay")  # fmt: skip

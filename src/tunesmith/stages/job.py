@@ -261,8 +261,10 @@ def text_tokens(recipe: Recipe, record: Mapping[str, Any]) -> int | None:
     """
     context, virtual = record["context_tokens"], virtual_tokens(recipe)
     if context is not None and int(context) <= virtual:
-        raise RecipeError(f"tune.peft.num_virtual_tokens is {virtual}, and {recipe.base} takes {context} tokens in all, "
-                          "which leaves no room for a text; lower it")  # fmt: skip
+        raise RecipeError(
+            f"tune.peft.num_virtual_tokens is {virtual}, and {recipe.base} takes {context} tokens in all, which leaves "
+            "no room for a text; lower it"
+        )
     return None if context is None else int(context) - virtual
 
 

@@ -49,10 +49,10 @@ def measure_preferences(
 class References:
     """Stores with the log-probs of the model as it is now - before training - beside every token.
 
-    The reference is the start of the run, whatever that is: the adapter that is still the identity, the base without its
-    new soft prompt, an adapter that the run goes on from, or the weights that full tuning will change. It is computed with the very model that trains,
-    so no second copy of it is ever held, and kept in the cache by content: the samples, the weights, how they were
-    computed.
+    The reference is the start of the run, whatever that is: the adapter that is still the identity, the base without
+    its new soft prompt, an adapter that the run goes on from, or the weights that full tuning will change. It is
+    computed with the very model that trains, so no second copy of it is ever held, and kept in the cache by content:
+    the samples, the weights, how they were computed.
     """
 
     def __init__(self, model: LanguageModel, job: Job, folder: Path) -> None:
