@@ -7,8 +7,12 @@ from typing import Any
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
 """Built-in metrics that are better when they fall."""
-LOWER_WORDS = frozenset({"error", "loss", "deviance"})
-"""A metric whose name ends in one of these words is better when it falls, as scikit-learn names its functions."""
+LOWER_WORDS = frozenset({
+    "brier", "cer", "deviance", "distance", "error", "errors", "loss", "lower", "mae", "mse", "perplexity", "rmse",
+    "wer",
+})  # fmt: skip
+"""A metric whose name ends in one of these words is better when it falls; one that has such a word before its end is
+asked to say which way, by ending in `lower` or `higher`."""
 RESERVED = LOWER_IS_BETTER | {
     "accuracy", "auc", "bleu", "ended", "exact_match", "f1", "forgetting", "kl", "margin", "mcc", "pearson",
     "precision", "recall", "response_length", "reward", "rouge_l", "share_ended", "win_rate",
@@ -25,7 +29,7 @@ ARGUMENTS = {
 def lower_is_better(metric: str) -> bool:
     """Whether the metric is better when it falls: some built-in ones, and names whose last word says so.
 
-    `loss` and `rudeness_error` are, `politeness` is not; the parts of a reward (`reward.NAME`) never are.
+    `loss`, `wer` and `rudeness_error` are, `politeness` is not; the parts of a reward (`reward.NAME`) never are.
     """
     return metric in LOWER_IS_BETTER or ("." not in metric and metric.rpartition("_")[2] in LOWER_WORDS)
 
@@ -52,7 +56,22 @@ def name_problems(names: Sequence[str]) -> list[str]:
     taken = [f"`{name}` is the name of a built-in metric; call the function otherwise" for name in names
              if name in RESERVED]  # fmt: skip
     twice = sorted({name for name in names if names.count(name) > 1})
-    return taken + [f"two metric functions are called `{name}`; rename one" for name in twice]
+    return taken + _unclear(names) + [f"two metric functions are called `{name}`; rename one" for name in twice]
+
+
+def _unclear(names: Sequence[str]) -> list[str]:
+    """Names from which nobody can tell which way is better: `word_error_rate`."""
+    words = {name: name.split("_") for name in names}
+    return [
+        f"`{name}` may be better when it falls or when it rises: call the function `{name}_lower` or `{name}_higher`"
+        for name, parts in words.items()
+        if parts[-1] not in LOWER_WORDS | {"higher"} and LOWER_WORDS & set(parts)
+    ]
+
+
+def direction(metric: str) -> str:
+    """What a run says of a metric of the user's own before it chooses or judges by it."""
+    return f"metric {metric}: {'lower' if lower_is_better(metric) else 'higher'} is better, as its name says"
 
 
 def metric_names(values: Mapping[str, Any]) -> tuple[str, ...]:

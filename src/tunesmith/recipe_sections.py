@@ -137,7 +137,7 @@ class EvaluateSpec(Section):
     metrics: str | list[str] | None = None
     """Metrics of your own, `file.py:name`: a function of one held-out row that gives a number. It asks by the names of
     its parameters for `predicted`, `label`, `probabilities` (classify) or `prompt`, `completion`, `answer` (the
-    others), and `row`. Higher is better unless its name ends in `_error`, `_loss` or `_deviance`."""
+    others), and `row`. Higher is better unless its name ends in a word such as `error`, `loss` or `lower`."""
     probe: str | None = None
     """Text outside the task on which forgetting is measured; a built-in one when not set."""
     row_losses: Literal["none", "seen", "all"] = "seen"

@@ -15,7 +15,7 @@ from tunesmith.evaluate.generate import SHARES
 from tunesmith.evaluate.intervals import Estimate, wilson
 from tunesmith.evaluate.own import Case, metric_of, own_estimate, own_statistic
 from tunesmith.evaluate.tasks import CLASS_METRICS, TEXT_METRICS
-from tunesmith.recipe_metrics import RESERVED, lower_is_better
+from tunesmith.recipe_metrics import RESERVED, lower_is_better, name_problems
 from tunesmith.recipe_rules import METRICS
 
 FUNCTIONS = """
@@ -298,10 +298,14 @@ def test_a_run_folder_alone_runs_no_code(metrics, work, run):
 
 
 def test_which_way_a_metric_is_better():
-    """By the last word of its name, as scikit-learn names its functions."""
+    """By the last word of its name; where such a word stands elsewhere, the name must say it."""
     assert [name for name in ("politeness", "rudeness_error", "log_loss", "d2_deviance", "error", "reward.my_loss",
-                              "lossy", "loss", "accuracy") if lower_is_better(name)] == [
-        "rudeness_error", "log_loss", "d2_deviance", "error", "loss"]  # fmt: skip
+                              "lossy", "loss", "accuracy", "wer", "word_error_rate_lower", "loss_avoided_higher")
+            if lower_is_better(name)] == [
+        "rudeness_error", "log_loss", "d2_deviance", "error", "loss", "wer", "word_error_rate_lower"]  # fmt: skip
+    assert name_problems(["word_error_rate_lower", "loss_avoided_higher", "politeness", "my_wer"]) == []
+    assert "word_error_rate_lower" in name_problems(["word_error_rate"])[0]
+    assert "brier_score_lower" in name_problems(["brier_score"])[0]
     fell = Estimate(-1.0, -1.5, -0.5, 10)
     assert (judge("rudeness_error", fell), judge("politeness", fell)) == ("better", "worse")
 

@@ -25,6 +25,7 @@ from tunesmith.model.packing import recompute_activations
 from tunesmith.model.trainable import Trainable, experts_note, make_trainable
 from tunesmith.plan.hardware import choose_precision
 from tunesmith.recipe import Recipe
+from tunesmith.recipe_metrics import direction, metric_name, named
 from tunesmith.stages import beforehand, classify, dpo, grpo, mlm, ppo, pretrain, reward, sft
 from tunesmith.stages.bases import base_path, run_origin, settled_device
 from tunesmith.stages.job import Inputs, Job, text_tokens, trainable_spec, virtual_tokens
@@ -239,6 +240,8 @@ def prepare(
     tokenizer = load_tokenizer(base, trust=recipe.trust_remote_code)
     sets = read_sets(recipe, folder)
     say(f"data: {sets.train.describe()}")
+    for name in named(recipe.evaluate.metrics):
+        say(direction(metric_name(name)))
     own = own_metrics(recipe.stage, recipe.evaluate.metrics, folder, (sets.eval, sets.test), beside=sets.train)
     inputs = make_inputs(recipe, sets, tokenizer, text_tokens(recipe, record), folder=folder, say=say)
     page = None
