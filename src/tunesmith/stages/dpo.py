@@ -30,8 +30,10 @@ def build(job: Job) -> Built:
     model = LanguageModel(job.backbone, compute=job.compute).to(job.device)
     objective, rewarded = objective_of(job.recipe), reward_of_completions(job, model)
     train, held_out = job.inputs.train, job.inputs.eval
-    same = job.start is None or job.starts_from_base
-    start = model if same else LanguageModel(job.start(), compute=job.compute).to(job.device)
+    if job.start is None or job.starts_from_base:
+        start = model
+    else:
+        start = LanguageModel(job.start(), compute=job.compute).to(job.device)
     references = References(start, job, cache_folder())
 
     def beside(store: SampleStore) -> SampleStore | WithColumns:
