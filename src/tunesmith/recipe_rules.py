@@ -176,7 +176,7 @@ def _undone(raw: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[str
     """Keys in `raw` that another key takes the effect from."""
     problems = []
     for name in _ADAPTER_KEYS if values["tune"]["adapter"] is not None else ():
-        if _given(raw, f"tune.{name}"):
+        if _given(raw, f"tune.{name}", null=False):
             text = f"`tune.{name}` does nothing beside `tune.adapter`: the adapter goes on with its own settings"
             problems.append((f"tune.{name}", text))
     if values["train"]["early_stopping"] and _given(raw, "train.select_by") and values["train"]["select_by"] is None:

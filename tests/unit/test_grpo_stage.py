@@ -125,7 +125,9 @@ def test_a_reward_that_fails_in_the_middle_loses_nothing(tmp_path: Path):
     assert [line["step"] for line in lines(failed)] == [1, 2, 3, 4]
     assert (failed / "checkpoints" / "step_000004").is_dir()
     broken(tmp_path, good)  # the user mends the file
-    api.resume(str(failed))
+    said: list[str] = []
+    api.resume(str(failed), say=said.append)
+    assert any("mine.py:reward has changed since the run began" in line for line in said)
     assert weights(failed) == weights(whole)
     assert (failed / "rollouts.jsonl").read_bytes() == (whole / "rollouts.jsonl").read_bytes()
 

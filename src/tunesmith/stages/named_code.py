@@ -3,7 +3,7 @@ naming lets it run. Files are hashed before they run, and one that is another do
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tunesmith.engine.durable import file_sha256
@@ -38,16 +38,23 @@ def reward_functions(recipe: Recipe) -> list[str]:
     return [] if recipe.reward is None else named(recipe.reward.function)
 
 
-def refuse_changed(run: RunDir, recipe: Recipe, folder: Path) -> None:
-    """`RunError` unless every file of functions is the one that the run began with; nothing of them has run then."""
+def refuse_changed(run: RunDir, recipe: Recipe, folder: Path, say: Callable[[str], None]) -> None:
+    """`RunError` unless every file of metrics is the one that the run began with; nothing of it has run then.
+
+    A reward that raised is mended in its file, so a changed one is said and goes on.
+    """
     began = run.read_json("inputs")
     for kind, now in contents(recipe, folder).items():
         changed = [text for text, content in now.items() if began.get(kind, {}).get(text) != content]
-        if changed:
+        if not changed:
+            continue
+        what = f"{KINDS[kind]} {', '.join(changed)} has changed since the run began"
+        if kind == "metrics":
             raise RunError(
-                f"{KINDS[kind]} {', '.join(changed)} has changed since the run began and was not run; a run goes on "
-                "with what it began with: put that file back, or begin another run"
+                f"{what} and was not run; a run goes on with what it began with: put that file back, or begin another "
+                "run"
             )
+        say(f"{what}: rewards from here on are those of the file as it is now")
 
 
 def located(texts: Sequence[str], folder: Path) -> list[str]:

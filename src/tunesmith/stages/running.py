@@ -87,7 +87,7 @@ def _continue(run: RunDir, recipe: Recipe, *, say: Say, show: Show) -> dict[str,
     began = run.read_json("environment")
     torch.set_num_threads(began["threads"])
     folder = Path(run.read_json("inputs")["recipe_folder"])
-    named_code.refuse_changed(run, recipe, folder)
+    named_code.refuse_changed(run, recipe, folder, say)
     precision = began["precision"] if recipe.precision == "auto" else None
     job, base = prepare(recipe, folder, say=say, device=began["device"], precision=precision)
     job = replace(job, run=run)
