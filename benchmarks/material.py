@@ -63,7 +63,7 @@ def encoder_folder(root: Path) -> Path:
         from transformers import BertConfig, BertForSequenceClassification
 
         torch.manual_seed(0)
-        config = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536, num_labels=2, pad_token_id=0)
+        config = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536, pad_token_id=0)
         BertForSequenceClassification(config).save_pretrained(folder)
         _write_tokenizer(folder, _ENCODER)
     return folder

@@ -171,10 +171,10 @@ def startup(at: Place, name: str) -> Part:
 def agreement_work(work: Work, data: Path, steps: int) -> Work:
     """The work whose losses are compared: one set of rows that is a whole step, fp32, all parameters training.
 
-    Of ppo, one round of one pass whose sampling is next to greedy, so that everybody draws the same tokens.
+    Of ppo, one round of one pass whose sampling is greedy but for ties, so that everybody draws the same tokens.
     """
     if work.kind == "ppo":
-        return replace(work, precision="float32", steps=steps, temperature=1e-3, epochs=1)
+        return replace(work, precision="float32", steps=steps, temperature=1e-6, epochs=1, max_tokens=16)
     return replace(work, data=data, method="full", precision="float32", steps=steps, learning_rate=1e-5)
 
 
