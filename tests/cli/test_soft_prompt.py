@@ -17,6 +17,7 @@ from tests.unit import rl
 
 import tunesmith
 from tunesmith import api
+from tunesmith.stages import forgetting
 
 NONE = {"method": "peft", "rank": None, "alpha": None, "dropout": None, "targets": None}
 
@@ -90,8 +91,10 @@ def test_forgetting_is_against_the_base_and_a_classifier_answers_text_behind_its
     before = kept["probes"]["probe"]["before"]["loss"]["value"]
     assert before == pytest.approx(found["loss"]["value"], rel=1e-5)
     assert kept["probes"]["probe"]["after"]["loss"]["value"] != pytest.approx(before, rel=1e-4)
-    if kept["base_kept"]:
-        assert "kept as it was drawn" in kept["verdict"] and "base is kept" not in done.err
+    assert not kept["start_is_base"]
+    lost = {**kept, "base_kept": True, "forgetting": 0.5}
+    assert "kept as it was drawn, with which it is +50.00 %" in forgetting.verdict(lost)
+    assert "the base is kept as it was" in forgetting.verdict({**lost, "start_is_base": True})
 
 
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING"])
