@@ -6,9 +6,14 @@ import os
 import sys
 
 TUNABLES = "GLIBC_TUNABLES"
-STEADY = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
-"""What keeps glibc's heap in one piece: small blocks freed between two tensors join them again instead of being set
-aside, so that a step finds the room of the step before (docs/log.md). It is read when a process starts, never later."""
+STEADY = (
+    "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+    ":glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=1099511627776"
+)
+"""What keeps glibc's heap in one piece, and keeps it: small blocks freed between two tensors join them again instead
+of being set aside, so that a step finds the room of the step before; and what a step has freed is not given back to
+the system to be asked for again, page by page, by the next (docs/log.md). It is read when a process starts, never
+later."""
 
 
 def main() -> int:

@@ -14,8 +14,8 @@ from tunesmith.ops_norm import precise
 
 BLOCK_TOKENS = 256
 """Longest segment whose backward is made of whole tiles; torch's own kernel wins beyond (docs/log.md)."""
-CHUNK_LOGITS = 1 << 23
-"""Logits that exist at one time: 8 million, 32 MB in fp32."""
+CHUNK_LOGITS = 8_000_000
+"""Logits that exist at one time: 32 MB in fp32, a little less than what a heap maps anew at every request."""
 
 
 def segment_sums(values: Tensor, segments: Tensor, num_segments: int) -> Tensor:

@@ -1,11 +1,10 @@
 """How far glibc's heap grows under a sequence of tensors made and freed: more than the tensors, because of its holes.
 
 The rules are those of malloc.c (glibc 2.36): a block is taken from the smallest hole that holds it; freed neighbours
-join; a block above a threshold is mapped on its own, and the threshold rises to the largest mapped block that was
-freed, up to 32 MiB; the heap's end is given back once twice that threshold is free there. torch asks for aligned
-blocks, for which 96 bytes more are looked for than are used. What is left of them must join its neighbours again,
-else no hole takes a tensor of the size that left it: the command sees to that (`__main__.py`), and so it is counted
-here.
+join; the heap grows at its end and keeps what it has; a block of 32 MiB and more that finds no room is mapped on its
+own and given back at once. torch asks for aligned blocks, for which 96 bytes more are looked for than are used. What
+is left of them must join its neighbours again, else no hole takes a tensor of the size that left it. The command sees
+to that, and to the heap's keeping what it has (`__main__.py`), and so it is counted here.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ _ALIGNMENT = 64
 _SMALLEST = 32
 _PAGE = 4096
 _PAD = 128 << 10
-"""Bytes that the heap grows by beside what is asked for, and the first threshold."""
-_LARGEST_THRESHOLD = 32 << 20
+"""Bytes that the heap grows by beside what is asked for."""
+MAPPED = 32 << 20
+"""A block of so many bytes that finds no room is mapped on its own."""
 
 
 def heap_peak(events: Iterable[tuple[int, int]]) -> int:
@@ -37,7 +37,6 @@ class _Heap:
     def __init__(self) -> None:
         self.peak = 0
         self._end = self._top = self._mapped = 0
-        self._threshold = self._trim = _PAD
         self._holes: list[tuple[int, int]] = []
         """(size, start), smallest first."""
         self._starting: dict[int, int] = {}
@@ -59,12 +58,10 @@ class _Heap:
 
     def give(self, number: int) -> None:
         start, size = self._used.pop(number)
-        if start is not None:
+        if start is None:
+            self._mapped -= size
+        else:
             self._free(start, size)
-            return
-        self._mapped -= size
-        if self._threshold < size <= _LARGEST_THRESHOLD:
-            self._threshold, self._trim = size, 2 * size
 
     def _find(self, size: int) -> tuple[int, int] | None:
         """(start, size) of a block in a hole or at the heap's end; None where it is to be mapped."""
@@ -77,7 +74,7 @@ class _Heap:
             return start, size
         left = self._end - self._top
         if left < size + _SMALLEST:
-            if size >= self._threshold:
+            if size >= MAPPED:
                 return None
             self._end += _rounded(size + _PAD + _SMALLEST - left, _PAGE)
         start, self._top = self._top, self._top + size
@@ -100,12 +97,10 @@ class _Heap:
         if start + size in self._starting:
             behind = start + size
             size += self._remove(bisect_left(self._holes, (self._starting[behind], behind)))[0]
-        if start + size != self._top:
+        if start + size == self._top:
+            self._top = start
+        else:
             self._add(start, size)
-            return
-        self._top = start
-        if self._end - self._top >= self._trim:
-            self._end = _rounded(self._top + _PAD, _PAGE)
 
     def _hole_before(self, stop: int) -> tuple[int, int]:
         start = self._stopping[stop]
