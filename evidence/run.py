@@ -37,6 +37,7 @@ PARTS = {
     "small_beats_large": "small models tuned on reviews against larger ones that are only asked (about 15 minutes)",
     "compare_ways": "five ways to tune, three seeds, with two bases, by `compare` (about 1 hour)",
     "compare_bases": "four bases tuned alike on the same reviews, two seeds, by `compare` (about 25 minutes)",
+    "compare_instructions": "three ways to tune on instructions, two rates, two seeds, by `compare` (about 8 minutes)",
     "all_reviews": "all of IMDB against 1,000 reviews, two bases (about 1 hour)",
     "worked_example": "IMDB with LoRA and four other ways to tune (about 2 hours)",
 }

@@ -62,6 +62,14 @@ def _arranged(lengths: tuple[int, ...]) -> tuple[list[tuple[np.ndarray, np.ndarr
     return blocks, order
 
 
+@lru_cache(maxsize=128)
+def _rows(lengths: tuple[int, ...], heads: int, by_head: bool) -> list[np.ndarray]:
+    """For each block, where its vectors `[G · h · L]` lie among those of a flat row, head by head or token by token."""
+    of_head, of_token = (sum(lengths), 1) if by_head else (1, heads)
+    numbers = np.arange(heads)[:, None] * of_head
+    return [(places[:, None] * of_token + numbers).ravel() for places, _ in _arranged(lengths)[0]]
+
+
 def blocks_of(lengths: tuple[int, ...]) -> tuple[tuple[Block, ...], Tensor]:
     """The segments in blocks, and `order [T]`, where each token lies in them, one block after the other."""
     arranged, order = _arranged(lengths)
@@ -124,10 +132,11 @@ class _BlockAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], how: How) -> Tensor:
         blocks, order = blocks_of(lengths)
         with torch.autocast(query.device.type, enabled=False):
-            parts = []
-            for number, block in enumerate(blocks):
-                q, k, v = (_taken(x, block) for x in (query, key, value))
-                parts.append((_dropped_forward if how.dropout else _forward)(q, k, v, block, how.of_block(number)))
+            taken = zip(*(_taken(x, lengths) for x in (query, key, value)), strict=True)
+            parts = [
+                (_dropped_forward if how.dropout else _forward)(q, k, v, block, how.of_block(number))
+                for number, (block, (q, k, v)) in enumerate(zip(blocks, taken, strict=True))
+            ]
         out = _put_back(parts, order)
         ctx.save_for_backward(query, key, value, out)
         ctx.lengths, ctx.how = lengths, how
@@ -139,8 +148,8 @@ class _BlockAttention(torch.autograd.Function):
         grad, found = grads[0].to(query.dtype), []
         blocks, order = blocks_of(ctx.lengths)
         with torch.autocast(grad.device.type, enabled=False):
-            for number, block in enumerate(blocks):
-                q, k, v, o, g = (_taken(x, block) for x in (query, key, value, out, grad))
+            taken = zip(*(_taken(x, ctx.lengths) for x in (query, key, value, out, grad)), strict=True)
+            for number, (block, (q, k, v, o, g)) in enumerate(zip(blocks, taken, strict=True)):
                 if block.real is not None:
                     g.mul_(block.real[:, None, :, None])
                 delta = (g.to(precise(g.dtype)) * o).sum(-1)
@@ -163,15 +172,16 @@ def keep_mask(shape: Sequence[int], dropout: float, generator: torch.Generator |
     return (numbers.view(torch.int16)[:count] >= round(dropout * 65536) - 32768).view(tuple(shape))
 
 
-def _taken(x: Tensor, block: Block) -> Tensor:
-    """`[1, h, T, d]` -> `[G, h, L, d]`, a copy: whole heads of a token at a time, however `x` lies in memory."""
-    _, heads, tokens, width = x.shape
+def _taken(x: Tensor, lengths: tuple[int, ...]) -> Iterator[Tensor]:
+    """`[1, h, T, d]` -> `[G, h, L, d]` of one block after the other, copies: whole heads of a token at a time, however
+    `x` lies in memory."""
+    _, heads, _, width = x.shape
     by_head = x[0].is_contiguous()
-    rows = x[0] if by_head else x[0].transpose(0, 1)
-    of_head, of_token = (tokens, 1) if by_head else (1, heads)
-    index = block.places[:, None] * of_token + torch.arange(heads)[:, None] * of_head
-    taken = rows.reshape(-1, width).index_select(0, index.flatten())
-    return taken.view(*index.shape, width)
+    vectors = (x[0] if by_head else x[0].transpose(0, 1)).reshape(-1, width)
+    return (
+        vectors.index_select(0, torch.from_numpy(rows)).view(len(places), heads, -1, width)
+        for rows, (places, _) in zip(_rows(lengths, heads, by_head), _arranged(lengths)[0], strict=True)
+    )
 
 
 def _put_back(parts: Sequence[Tensor], order: Tensor) -> Tensor:
