@@ -6,12 +6,11 @@ import io
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MAX_POINTS = 600
 BLUE, ORANGE, GREY = "#1f5fa8", "#c2570c", "#9aa4af"
@@ -25,8 +24,7 @@ def curve(rows: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]],
     if not train and not held and not other:
         return None
     with_loss = bool(train or held)
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(9, 3.4)
     axes = figure.subplots(1, int(with_loss) + bool(other), squeeze=False)[0]
     if with_loss:
         _loss(axes[0], train, held)
@@ -40,8 +38,7 @@ def change(before: dict[str, Any], after: dict[str, Any], names: Sequence[str]) 
     usable = [n for n in names if _finite(before.get(n)) and _finite(after.get(n))][:4]
     if not usable:
         return None
-    figure = Figure(figsize=(9, 2.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(9, 2.6)
     for axis, name in zip(figure.subplots(1, len(usable), squeeze=False)[0], usable, strict=True):
         for x, (entry, colour) in enumerate(((before[name], GREY), (after[name], BLUE))):
             value = entry["value"]
@@ -60,8 +57,7 @@ def ways(rows: Sequence[dict[str, Any]], metric: str) -> bytes | None:
     usable = [row for row in rows if all(_number(row.get(name)) for name in ("value", "low", "high"))]
     if not usable:
         return None
-    figure = Figure(figsize=(9, 1 + 0.32 * len(usable)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(9, 1 + 0.32 * len(usable))
     axes = figure.subplots()
     for y, row in enumerate(reversed(usable)):
         colour = BLUE if y == len(usable) - 1 else GREY
@@ -79,8 +75,7 @@ def reliability(bins: Sequence[dict[str, Any]]) -> bytes | None:
     usable = [b for b in bins if all(_number(b.get(name)) for name in ("predicted", "observed", "low", "high"))]
     if not usable:
         return None
-    figure = Figure(figsize=(4.6, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(4.6, 3.6)
     axes = figure.subplots()
     axes.plot([0.5, 1], [0.5, 1], "--", color=GREY, linewidth=1)
     for entry in usable:
@@ -100,8 +95,7 @@ def trade_off(lines: Sequence[tuple[float, float, float]], kept: float, limit: f
     usable = [line for line in lines if all(math.isfinite(value) for value in line)]
     if not usable:
         return None
-    figure = Figure(figsize=(5.4, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(5.4, 3.6)
     axes = figure.subplots()
     axes.plot([100 * x for _, x, _ in usable], [y for _, _, y in usable], "o-", color=GREY, linewidth=1, markersize=4)
     axes.axvline(100 * limit, color=ORANGE, linestyle="--", linewidth=1, label="limit")
@@ -169,8 +163,20 @@ def _dress(axis: Axes, title: str) -> None:
     axis.tick_params(labelsize=8)
 
 
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure, inches. A run begins long before its first plot, so matplotlib is only loaded here."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def _svg(figure: Figure) -> bytes:
     """The same bytes for the same figure."""
+    from matplotlib import rc_context
+
     buffer = io.BytesIO()
     with warnings.catch_warnings(), rc_context({"svg.hashsalt": "tunesmith"}):
         warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")  # a metric's name in a script the font lacks
