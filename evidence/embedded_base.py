@@ -22,10 +22,10 @@ from common import ROOT, Place, place, table, write
 from ngram import train_ngram
 
 from tunesmith.data.batches import collate
-from tunesmith.data.chat import encode_text
 from tunesmith.data.encode import Encoder
 from tunesmith.data.records import read_records
 from tunesmith.data.store import build_store
+from tunesmith.data.tokens import encode_text
 from tunesmith.embedded import BASE
 from tunesmith.evaluate.intervals import Statistic, bootstrap, ratio
 from tunesmith.evaluate.likelihood import bytes_of_tokens, evaluate_likelihood

@@ -81,6 +81,8 @@ def test_a_label_prompt_shows_examples_and_cuts_texts_to_fit():
     assert [tokenizer.decode(answer) for answer in prompt.answers()] == [" no", " yes"]
     long = LabelPrompt(tokenizer, "{text}\nLabel: {label}", ("no", "yes"), ((ids[0] * 50, 1),), 120)
     assert len(long.prompt(ids[1] * 50)) <= 120
+    assert long.prompts([None, ids[1] * 50]) == [long.prompt(None), long.prompt(ids[1] * 50)]
+    assert long.prompt(None) != long.prompt(ids[1] * 50)
 
 
 def test_examples_before_a_conversation_count_nothing_and_fit():

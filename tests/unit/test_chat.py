@@ -9,9 +9,10 @@ from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 from tokenizers import Regex, Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from tunesmith.data.chat import encode_text, marks_of, prompt_ids, render, turn_end
+from tunesmith.data.chat import marks_of, prompt_ids, render, turn_end
 from tunesmith.data.kinds import Message
 from tunesmith.data.sandbox import check_template
+from tunesmith.data.tokens import encode_text
 from tunesmith.errors import DataError
 
 MARKED = (

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from tunesmith.batch import Sample
-from tunesmith.data.chat import Marks, Rendered, render
+from tunesmith.data.chat import Marks, Rendered, rendering
 from tunesmith.data.kinds import Message, Pair, Ranking
+from tunesmith.data.tokens import Work, merged
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Limits:
 
 def encode_answers(
     record: Pair | Ranking, tokenizer: Any, marks: Marks, *, limits: Limits, tally: Counter[str]
-) -> list[Sample]:
+) -> Work[list[Sample]]:
     """One sample per answer, of one group; only the answer has weight. `label` is (rank, margin): 1 is the best, and a
     pair's margin, 0 without one, says how much better its better answer is.
 
@@ -34,9 +35,8 @@ def encode_answers(
     """
     texts, ranks, margin = _of(record)
     earlier = tuple(replace(m, trained=False) if m.role == "assistant" else m for m in record.prompt)
-    answers = [
-        render((*earlier, Message("assistant", text)), tokenizer, plain=record.plain, marks=marks) for text in texts
-    ]
+    talks = ((*earlier, Message("assistant", text)) for text in texts)
+    answers = yield from merged(rendering(talk, tokenizer, plain=record.plain, marks=marks) for talk in talks)
     longest = max(len(answer.ids) for answer in answers)
     start = 0
     if longest > limits.max_length:

@@ -8,6 +8,7 @@ from typing import Any
 
 from tunesmith.data.kinds import Message
 from tunesmith.data.sandbox import check_template
+from tunesmith.data.tokens import Asked, Ids, Work, alone, encode_text
 from tunesmith.errors import DataError
 
 _STAND_IN = "stand0in1for2an3answer"
@@ -49,21 +50,6 @@ def marks_of(tokenizer: Any) -> Marks:
     return Marks(before, after, bos if bos == tuple(whole[:1]) else (), special)
 
 
-def encode_text(tokenizer: Any, text: str, pair: str | None = None, *, special: bool = False) -> list[int]:
-    """Ids of a text (or two), with `special` also the tokens round it; nothing is cut, and nothing is said of length.
-
-    A tokenizer is a program that came with a model: that it crashes (a panic in its own code is no `Exception`) is a
-    `DataError`.
-    """
-    try:
-        return list(tokenizer(text, pair, add_special_tokens=special, verbose=False)["input_ids"])
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise DataError(f"the tokenizer crashed on this text ({str(error)[:120]}); mend the text, or take another "
-                        "base") from None  # fmt: skip
-
-
 def render(
     messages: Sequence[Message], tokenizer: Any, *, tools: Any = None, plain: bool = False, marks: Marks | None = None
 ) -> Rendered:
@@ -72,12 +58,34 @@ def render(
     Each prompt part is encoded as inference encodes it, and the answer after it on its own. Raises `DataError` when
     the template does not render a conversation as a beginning of its continuation.
     """
-    marks = marks or marks_of(tokenizer)
+    work = rendering(messages, tokenizer, tools=tools, plain=plain, marks=marks or marks_of(tokenizer))
+    return alone(work, tokenizer)
+
+
+def rendering(
+    messages: Sequence[Message], tokenizer: Any, *, tools: Any = None, plain: bool = False, marks: Marks
+) -> Work[Rendered]:
+    """`render` as a work, which can be done together with others."""
     if plain or tokenizer.chat_template is None:
-        return _plain(messages, tokenizer, marks)
+        return (yield from _plain(messages, tokenizer, marks))
     _check_templates(tokenizer)
-    ids: list[int] = []
-    trained: list[bool] = []
+    rendered = yield from _joined(_pieces(messages, tokenizer, tools), marks)
+    _end(rendered, tokenizer, marks)
+    return rendered
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """What the template has written between two places where a writer changes; of a prompt nothing is trained on."""
+
+    text: str
+    answer: bool
+    trained: bool
+
+
+def _pieces(messages: Sequence[Message], tokenizer: Any, tools: Any) -> list[_Piece]:
+    """The rendered conversation up to its last answer: a prompt part before each answer, by turns."""
+    pieces: list[_Piece] = []
     done = ""
     for i, message in enumerate(messages):
         if message.role != "assistant":
@@ -86,11 +94,31 @@ def render(
         prompt = _prompt_of(messages, i, whole, tokenizer, tools)
         if not prompt.startswith(done):
             raise DataError(_NOT_A_PREFIX)
-        _add(ids, trained, encode_text(tokenizer, prompt[len(done) :]), False)
-        _add_answer(ids, trained, whole[len(prompt) :], tokenizer, marks, on=message.trained is not False)
+        pieces.append(_Piece(prompt[len(done) :], answer=False, trained=False))
+        pieces.append(_Piece(whole[len(prompt) :], answer=True, trained=message.trained is not False))
         done = whole
-    _end(ids, trained, tokenizer, marks)
-    return Rendered(ids, trained)
+    return pieces
+
+
+def _joined(pieces: Sequence[_Piece], marks: Marks) -> Work[Rendered]:
+    """An answer up to its end token is learned; white space after that is the template's, not the model's."""
+    bodies = [piece.text.rstrip() if piece.answer else piece.text for piece in pieces]
+    inside = yield [Asked(body) for body in bodies]
+    ended = [bool(ids) and ids[-1] in marks.special for ids in inside]
+    parts = list(zip(pieces, bodies, inside, ended, strict=True))
+    spaced_out = yield [
+        Asked(piece.text[len(body) :] if closed else piece.text)
+        for piece, body, _, closed in parts
+        if len(body) < len(piece.text)
+    ]
+    rendered, others = Rendered([], []), iter(spaced_out)
+    for piece, body, ids, closed in parts:
+        whole = len(body) == len(piece.text)
+        if whole or closed:
+            _add(rendered, ids, piece.trained)
+        if not whole:
+            _add(rendered, next(others), piece.trained and not closed)
+    return rendered
 
 
 def _check_templates(tokenizer: Any) -> None:
@@ -145,19 +173,18 @@ def _turn(message: Message) -> dict[str, Any]:
     return turn
 
 
-def _plain(messages: Sequence[Message], tokenizer: Any, marks: Marks) -> Rendered:
+def _plain(messages: Sequence[Message], tokenizer: Any, marks: Marks) -> Work[Rendered]:
     """Prompt, completion, end token; turns are set apart by a line end unless white space stands there already."""
     if tokenizer.eos_token_id is None:
         raise DataError(_NO_END)
-    ids: list[int] = list(marks.bos)
-    trained = [False] * len(ids)
-    for message in messages:
+    found = yield [Asked(m.content if m.role == "assistant" else spaced(m.content)) for m in messages]
+    rendered = Rendered(list(marks.bos), [False] * len(marks.bos))
+    for message, ids in zip(messages, found, strict=True):
         if message.role == "assistant":
-            answer = encode_text(tokenizer, message.content)
-            _add(ids, trained, [*answer, tokenizer.eos_token_id], message.trained is not False)
+            _add(rendered, [*ids, tokenizer.eos_token_id], message.trained is not False)
         else:
-            _add(ids, trained, encode_text(tokenizer, spaced(message.content)), False)
-    return Rendered(ids, trained)
+            _add(rendered, ids, False)
+    return rendered
 
 
 def spaced(prompt: str) -> str:
@@ -165,30 +192,18 @@ def spaced(prompt: str) -> str:
     return prompt if prompt[-1:].isspace() else prompt + "\n"
 
 
-def _add(ids: list[int], trained: list[bool], new: list[int], on: bool) -> None:
-    ids += new
-    trained += [on] * len(new)
+def _add(rendered: Rendered, new: Ids, on: bool) -> None:
+    rendered.ids.extend(new)
+    rendered.trained.extend([on] * len(new))
 
 
-def _add_answer(ids: list[int], trained: list[bool], text: str, tokenizer: Any, marks: Marks, *, on: bool) -> None:
-    """An answer up to its end token is learned; white space after that is the template's, not the model's."""
-    body = text.rstrip()
-    if len(body) < len(text):
-        inside = encode_text(tokenizer, body)
-        if inside and inside[-1] in marks.special:
-            _add(ids, trained, inside, on)
-            _add(ids, trained, encode_text(tokenizer, text[len(body) :]), False)
-            return
-    _add(ids, trained, encode_text(tokenizer, text), on)
-
-
-def _end(ids: list[int], trained: list[bool], tokenizer: Any, marks: Marks) -> None:
+def _end(rendered: Rendered, tokenizer: Any, marks: Marks) -> None:
     """The last turn, if it is trained on, must close with a special token, or the model never learns to stop."""
-    if not ids or not trained[-1] or ids[-1] in marks.special:
+    if not rendered.ids or not rendered.trained[-1] or rendered.ids[-1] in marks.special:
         return
     if tokenizer.eos_token_id is None:
         raise DataError(_NO_END)
-    _add(ids, trained, [tokenizer.eos_token_id], True)
+    _add(rendered, [tokenizer.eos_token_id], True)
 
 
 def turn_end(tokenizer: Any) -> int | None:
@@ -208,8 +223,17 @@ def turn_end(tokenizer: Any) -> int | None:
 def prompt_ids(prompt: str | Sequence[Message], tokenizer: Any, *, plain: bool = False, raw: bool = False) -> list[int]:
     """What stands before an answer at inference, exactly as training has it; `raw` adds nothing but bos."""
     messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
+    return alone(prompting(messages, tokenizer, plain=plain, raw=raw), tokenizer)
+
+
+def prompting(
+    messages: Sequence[Message], tokenizer: Any, *, plain: bool = False, raw: bool = False, marks: Marks | None = None
+) -> Work[list[int]]:
+    """`prompt_ids` as a work, which can be done together with others."""
     if plain or raw or tokenizer.chat_template is None:
-        texts = [m.content if raw else spaced(m.content) for m in messages]
-        return [*marks_of(tokenizer).bos, *(i for text in texts for i in encode_text(tokenizer, text))]
+        bos = (marks or marks_of(tokenizer)).bos
+        found = yield [Asked(m.content if raw else spaced(m.content)) for m in messages]
+        return [*bos, *(i for ids in found for i in ids)]
     _check_templates(tokenizer)
-    return encode_text(tokenizer, _opening(messages, tokenizer, None))
+    (ids,) = yield [Asked(_opening(messages, tokenizer, None))]
+    return list(ids)

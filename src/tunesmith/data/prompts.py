@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.batch import Sample
-from tunesmith.data.chat import prompt_ids
+from tunesmith.data.chat import marks_of, prompting
 from tunesmith.data.encode import tokenizer_hash
 from tunesmith.data.kinds import Prompt
 from tunesmith.data.naming import place
+from tunesmith.data.tokens import Work, together
 from tunesmith.errors import DataError
 
 _LISTED = 20
@@ -93,8 +94,13 @@ def encode_prompts(
     kept: list[tuple[Prompt, tuple[int, ...]]] = []
     too_long: list[str] = []
     tally = Counter[str]()
-    for record in records:
-        ids = tuple(prompt_ids(record.messages, tokenizer, plain=record.plain, raw=raw))
+    marks = marks_of(tokenizer)
+
+    def encoding(record: Prompt) -> Work[tuple[Prompt, tuple[int, ...]]]:
+        ids = yield from prompting(record.messages, tokenizer, plain=record.plain, raw=raw, marks=marks)
+        return record, tuple(ids)
+
+    for record, ids in together(map(encoding, records), tokenizer):
         if not ids:
             raise DataError(f"{record.origin}: no token is left of this prompt")
         if len(ids) > max_tokens:

@@ -160,7 +160,7 @@ def _write_samples(records: Iterable[Record], encoder: Encoder, folder: Path) ->
         (folder / "labels").open("wb") as labels, (folder / "origins").open("wb") as names,
         (folder / "groups").open("wb") as groups,
     ):  # fmt: skip
-        for number, sample in _numbered(map(encoder, records)):
+        for number, sample in _numbered(encoder.many(records)):
             ids.write(sample.ids.tobytes())
             weights.write(sample.weights.tobytes())
             targets += float(sample.weights.sum())

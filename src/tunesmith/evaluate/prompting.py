@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.batch import Sample
-from tunesmith.data.chat import Marks, encode_text, marks_of
+from tunesmith.data.chat import marks_of
+from tunesmith.data.tokens import encode_text, encode_texts
 from tunesmith.evaluate.likelihood import Collate, evaluate_likelihood
 
 CONTENT_FREE = "N/A"
@@ -53,20 +54,21 @@ class LabelPrompt:
 
     def prompt(self, text_ids: Sequence[int] | None) -> list[int]:
         """Tokens up to where the label comes; None asks about a text that says nothing."""
-        room = self._room()
-        shown = [self._filled(self._text(ids, room), self.words[c]) for ids, c in self.examples]
-        asked = CONTENT_FREE if text_ids is None else self._text(text_ids, room)
-        start = self.template.removesuffix("{label}").replace("{text}", asked).rstrip()
-        return [*self._marks.bos, *encode_text(self.tokenizer, "\n\n".join([*shown, start]))]
+        return self.prompts([text_ids])[0]
+
+    def prompts(self, texts: Sequence[Sequence[int] | None]) -> list[list[int]]:
+        """The prompt about each text."""
+        bos, room, special = marks_of(self.tokenizer).bos, self._room(), frozenset(self.tokenizer.all_special_ids)
+        shown = [self._filled(self._text(ids, room, special), self.words[c]) for ids, c in self.examples]
+        start = self.template.removesuffix("{label}")
+        asked = (CONTENT_FREE if ids is None else self._text(ids, room, special) for ids in texts)
+        whole = ("\n\n".join([*shown, start.replace("{text}", text).rstrip()]) for text in asked)
+        return [[*bos, *ids] for ids in encode_texts(self.tokenizer, whole)]
 
     def answers(self) -> list[list[int]]:
         """Tokens of every label as it stands behind the prompt."""
         lead = " " if self.template.removesuffix("{label}").endswith(" ") else ""
         return [encode_text(self.tokenizer, lead + word) for word in self.words]
-
-    @property
-    def _marks(self) -> Marks:
-        return marks_of(self.tokenizer)
 
     def _filled(self, text: str, word: str) -> str:
         return self.template.replace("{label}", word).replace("{text}", text)
@@ -77,9 +79,9 @@ class LabelPrompt:
         num = len(self.examples) + 1
         return max(1, (self.max_tokens - 1) // num - around)
 
-    def _text(self, ids: Sequence[int], room: int) -> str:
+    def _text(self, ids: Sequence[int], room: int, special: frozenset[int]) -> str:
         """The text, or as much of it as there is room for."""
-        bare = [int(i) for i in ids if int(i) not in set(self.tokenizer.all_special_ids)]
+        bare = [int(i) for i in ids if int(i) not in special]
         kept = (bare[-room:] if self.keep_end else bare[:room]) if len(bare) > room else bare
         return str(self.tokenizer.decode(kept)).strip()
 
@@ -92,7 +94,7 @@ def score_labels(
     Gains are over the same prompt about a text that says nothing, which takes out how common a label is in itself
     (Zhao et al. 2021, 2102.09690; Holtzman et al. 2021, 2104.08315, eq. 4). A tie goes to the first label.
     """
-    prompts = [prompt.prompt(None), *(prompt.prompt(ids) for ids in texts)]
+    prompts = prompt.prompts([None, *texts])
     answers = prompt.answers()
     samples = Plain(tuple(_joined(start, answer) for start in prompts for answer in answers))
     result = evaluate_likelihood(model, samples, collate=collate, max_tokens=max_tokens, device=device)

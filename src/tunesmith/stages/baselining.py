@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from tunesmith.batch import Sample
 from tunesmith.data.batches import collate
-from tunesmith.data.chat import encode_text
 from tunesmith.data.store import SampleStore
+from tunesmith.data.tokens import encode_text
 from tunesmith.errors import RecipeError
 from tunesmith.evaluate.baselines import TITLES, nearest_answers, rivals_of, worth
 from tunesmith.evaluate.compare import compare

@@ -167,7 +167,8 @@ def classify_texts(
         tokenizer, "classify", max_length, "truncate_left", label_names=tuple(names), multi_label=multi_label
     )
     label: Any = () if multi_label else names[0]
-    samples = [encoder(Labelled(text, label, origin=f"text {i}"))[0] for i, text in enumerate(texts, 1)]
+    records = (Labelled(text, label, origin=f"text {i}") for i, text in enumerate(texts, 1))
+    samples = [found[0] for found in encoder.many(records)]
     rows: list[Any] = [None] * len(samples)
     device = next(model.parameters()).device
     with evaluating(model):

@@ -12,9 +12,10 @@ import torch
 
 from tunesmith.batch import Sample
 from tunesmith.data.batches import collate
-from tunesmith.data.chat import encode_text, marks_of, render
+from tunesmith.data.chat import marks_of, render
 from tunesmith.data.kinds import Message
 from tunesmith.data.prompts import PromptSet
+from tunesmith.data.tokens import encode_text
 from tunesmith.errors import RecipeError
 from tunesmith.evaluate.likelihood import token_batches
 from tunesmith.model.load import load_backbone, load_config, load_tokenizer

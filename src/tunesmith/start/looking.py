@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from tunesmith.data.chat import encode_text, prompt_ids
+from tunesmith.data.chat import prompting
 from tunesmith.data.check import check_records
 from tunesmith.data.encode import Encoder
 from tunesmith.data.readers import kind_of, read_rows
@@ -18,6 +18,7 @@ from tunesmith.data.records import BadRow, Labelled, Prompt, Record, RecordSet, 
 from tunesmith.data.rows import Row, shown
 from tunesmith.data.sources import find
 from tunesmith.data.survey import IGNORED, Column, Survey, fold
+from tunesmith.data.tokens import Asked, Work, together
 from tunesmith.errors import DataError
 
 MAX_ROWS = 20_000
@@ -61,8 +62,7 @@ def look(data: str, stage: str | None, tokenizer: Any) -> Look:
         if isinstance(record, Labelled):
             multi = multi or not isinstance(record.label, str)
             labels.update([record.label] if isinstance(record.label, str) else record.label)
-    size = _measure(records.stage, tokenizer, tuple(labels), multi)
-    sizes = [size(record) for record in islice(records, MAX_ROWS)]
+    sizes = list(_sizes(islice(records, MAX_ROWS), records.stage, tokenizer, tuple(labels), multi))
     findings = tuple(str(f) for f in check_records(records, None) if f.severity != "note")
     seen = tuple(_survey(data).columns) if records.columns else ()
     return Look(
@@ -72,19 +72,23 @@ def look(data: str, stage: str | None, tokenizer: Any) -> Look:
     )  # fmt: skip
 
 
-def _measure(stage: str, tokenizer: Any, labels: tuple[str, ...], multi: bool) -> Callable[[Record], tuple[int, int]]:
-    """record -> (tokens of the whole sample or, where answers are sampled, of the prompt; of the answer)."""
+def _sizes(
+    records: Iterable[Record], stage: str, tokenizer: Any, labels: tuple[str, ...], multi: bool
+) -> Iterator[tuple[int, int]]:
+    """Of each record (tokens of the whole sample or, where answers are sampled, of the prompt; of the answer)."""
     if tokenizer is None:
-        return lambda record: (2 * len(full_text(record).split()), 2 * len(output_text(record).split()))
+        return ((2 * len(full_text(record).split()), 2 * len(output_text(record).split())) for record in records)
     encoder = Encoder(tokenizer, stage, NO_LIMIT, label_names=labels, multi_label=multi)
 
-    def size(record: Record) -> tuple[int, int]:
-        answer = len(encode_text(tokenizer, output_text(record)))
+    def size(record: Record) -> Work[tuple[int, int]]:
+        (answer,) = yield [Asked(output_text(record))]
         if isinstance(record, Prompt):
-            return len(prompt_ids(record.messages, tokenizer, plain=record.plain)), answer
-        return max((len(sample.ids) for sample in encoder(record)), default=0), answer
+            ids = yield from prompting(record.messages, tokenizer, plain=record.plain)
+            return len(ids), len(answer)
+        samples = yield from encoder.encoding(record)
+        return max((len(sample.ids) for sample in samples), default=0), len(answer)
 
-    return size
+    return together(map(size, records), tokenizer)
 
 
 def _records(data: str, stage: str | None, bad: dict[str, BadRow]) -> tuple[RecordSet, str]:
