@@ -29,7 +29,8 @@ def main() -> None:
         f"less those that are asked twice, of which {HELD_OUT['eval']} are held out and {HELD_OUT['test']} are test "
         "rows, from models/tinystories-656K, 6 epochs of 8 rows a step, the best epoch kept. Intervals hold rows and "
         "seeds; differences are paired on the same rows; `forgets` is the change of the loss on text outside the task. "
-        "Seconds are those of a machine that others used too."
+        "Every way is best at the higher rate, so that a still higher one may be better. Seconds are those of a "
+        "machine that others used too."
     )
     won = f"Test rows, measured once, with {found['best']}: {named} {span(test)}, n = {test['n']:,}."
     title = "Three ways to tune on instructions, two rates, two seeds"
@@ -73,7 +74,7 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _row(row: dict[str, Any]) -> tuple[str, ...]:
-    sure = f"{100 * row['sure']:.1f} %" if "sure" in row else "–"
+    sure = "–" if "sure" not in row else "over 99.9 %" if row["sure"] > 0.999 else f"{100 * row['sure']:.1f} %"
     forgets = "–" if row["forgetting"] is None else f"{row['forgetting']:+.3f}"
     return (
         row["name"], span(row), span(row.get("behind"), sign=True), sure, " ".join(f"{v:.3f}" for v in row["values"]),

@@ -156,7 +156,7 @@ def table(folder: Path, *, peaks: bool) -> str:
         "| model | method | tokens a row | rows a step | planned | real | plan is |", "|---|---|--:|--:|--:|--:|--:|",
         *lines, "",
         f"{_span(errors)}. The promise is within 10 % and never more than 2 % too little. Three constants (what a "
-        "process comes to hold when it first trains) were fitted on those runs, on this machine; on rows of "
+        "process comes to hold when it first trains) were fitted on runs of these sizes, on one machine; on rows of "
         f"{FRESH[0]} tokens, {FRESH[1]} a step, nothing was: {_span(fresh)}.", "",
     ])  # fmt: skip
 

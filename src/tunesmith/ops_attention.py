@@ -62,9 +62,12 @@ def _arranged(lengths: tuple[int, ...]) -> tuple[list[tuple[np.ndarray, np.ndarr
     return blocks, order
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=8)
 def _rows(lengths: tuple[int, ...], heads: int, by_head: bool) -> list[np.ndarray]:
-    """For each block, where its vectors `[G · h · L]` lie among those of a flat row, head by head or token by token."""
+    """For each block, where its vectors `[G · h · L]` lie among those of a flat row, head by head or token by token.
+
+    Kept for the layers of a batch: the next one has other lengths.
+    """
     of_head, of_token = (sum(lengths), 1) if by_head else (1, heads)
     numbers = np.arange(heads)[:, None] * of_head
     return [(places[:, None] * of_token + numbers).ravel() for places, _ in _arranged(lengths)[0]]

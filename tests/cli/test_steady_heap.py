@@ -39,6 +39,27 @@ def test_the_process_becomes_one_with_a_steady_heap_once(monkeypatch):
     assert became(environment, monkeypatch) is None
 
 
+ROUNDS = """
+import resource
+
+def round():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    held = [bytearray(25 << 20) for _ in range(3)]
+    del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print([round() for _ in range(5)][-1])
+"""
+
+
+@pytest.mark.parametrize(("tunables", "faults"), [(command.STEADY, range(100)), ("", range(1000, 10**6))])
+def test_what_was_freed_is_there_again_without_page_faults(tunables, faults):
+    """Without the tunables, the control, the heap's end is given back and taken anew at every round."""
+    environment = {**os.environ, command.TUNABLES: tunables}
+    done = subprocess.run([sys.executable, "-c", ROUNDS], capture_output=True, text=True, env=environment, check=True)
+    assert int(done.stdout) in faults
+
+
 def test_what_the_user_set_stands(monkeypatch):
     environment = {command.TUNABLES: "glibc.malloc.arena_max=1"}
     assert became(environment, monkeypatch) is None

@@ -10,7 +10,8 @@ from tunesmith.errors import DataError
 
 WORKS = 512
 CHARACTERS = 1 << 18
-"""So many works, or works that ask for so many characters, are answered together: more is not faster, and is held."""
+"""So many works, or works that first ask for so many characters, are answered together: more is not faster, and is
+held."""
 
 
 class Asked(NamedTuple):
@@ -34,7 +35,7 @@ def encode_text(tokenizer: Any, text: str, pair: str | None = None, *, special: 
     `DataError`.
     """
     try:
-        return list(tokenizer(text, pair, add_special_tokens=special, verbose=False)["input_ids"])
+        return list(tokenizer(text, pair or None, add_special_tokens=special, verbose=False)["input_ids"])
     except BaseException as error:
         if not _is_crash(error):
             raise

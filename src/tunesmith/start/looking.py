@@ -81,12 +81,13 @@ def _sizes(
     encoder = Encoder(tokenizer, stage, NO_LIMIT, label_names=labels, multi_label=multi)
 
     def size(record: Record) -> Work[tuple[int, int]]:
-        (answer,) = yield [Asked(output_text(record))]
         if isinstance(record, Prompt):
-            ids = yield from prompting(record.messages, tokenizer, plain=record.plain)
-            return len(ids), len(answer)
-        samples = yield from encoder.encoding(record)
-        return max((len(sample.ids) for sample in samples), default=0), len(answer)
+            tokens = len((yield from prompting(record.messages, tokenizer, plain=record.plain)))
+        else:
+            samples = yield from encoder.encoding(record)
+            tokens = max((len(sample.ids) for sample in samples), default=0)
+        (answer,) = yield [Asked(output_text(record))]
+        return tokens, len(answer)
 
     return together(map(size, records), tokenizer)
 
