@@ -40,8 +40,8 @@ def main() -> None:
     note = (
         f"LoRA of rank 16 on all linear layers, the last {TOKENS} tokens of a review, 16 reviews a step, accuracy on "
         f"{HELD_OUT:,} reviews of the test set after the last step, 95 % intervals, one seed; runs on more reviews "
-        "have more steps. DistilBERT's own figure for all of IMDB, all parameters and whole reviews, is 92.82 (Sanh et al. "
-        "2019, arXiv:1910.01108, table 2). Seconds are those of a machine that others used too."
+        "have more steps. DistilBERT's own figure for all of IMDB, all parameters and whole reviews, is 92.82 (Sanh et "
+        "al. 2019, arXiv:1910.01108, table 2). Seconds are those of a machine that others used too."
     )
     head = ("base", "training reviews", "epochs", "rate", "untrained", "accuracy", "seconds a step")
     write("all_reviews", "1,000 reviews against all of them", note, table(head, rows))
