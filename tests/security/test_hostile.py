@@ -146,7 +146,7 @@ def watch(event, args):
             seen.append(["write", str(args[0])])
     elif event == "import" and args[0] == "evil":
         seen.append(["import", args[0]])
-import tunesmith.stages.running
+import matplotlib.font_manager, tunesmith.stages.running  # which look for the fonts of this machine once
 from tunesmith.cli import main
 sys.addaudithook(watch)
 codes = {}
