@@ -29,7 +29,7 @@ def main() -> None:
         f"less those that are asked twice, of which {HELD_OUT['eval']} are held out and {HELD_OUT['test']} are test "
         "rows, from models/tinystories-656K, 6 epochs of 8 rows a step, the best epoch kept. Intervals hold rows and "
         "seeds; differences are paired on the same rows; `forgets` is the change of the loss on text outside the task. "
-        "Every way is best at the higher rate, so that a still higher one may be better. Seconds are those of a "
+        "A way that is best at the highest rate tried may be better at a still higher one. Seconds are those of a "
         "machine that others used too."
     )
     won = f"Test rows, measured once, with {found['best']}: {named} {span(test)}, n = {test['n']:,}."

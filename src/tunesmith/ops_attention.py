@@ -31,19 +31,17 @@ TILE_QUERIES = 512
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Segments of like length: where they lie in the flat row, `places [G, L]`, and which of these places are real.
-
-    `real` is None when all are; a place past the end of a shorter segment is 0.
-    """
+    """Segments of like length. `real [G, L]` is False past the end of a shorter one, and None when all places are
+    real."""
 
     longest: int
-    places: Tensor
     real: Tensor | None
 
 
 @lru_cache(maxsize=64)
 def _arranged(lengths: tuple[int, ...]) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
-    """((places, real) of each block, longest first) and where each token lies in the blocks, one after the other."""
+    """((places, real) `[G, L]` of each block, longest first), the place past the end of a shorter segment being 0, and
+    where each token lies in the blocks, one after the other."""
     starts = [0, *accumulate(lengths)]
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -64,22 +62,19 @@ def _arranged(lengths: tuple[int, ...]) -> tuple[list[tuple[np.ndarray, np.ndarr
 
 @lru_cache(maxsize=8)
 def _rows(lengths: tuple[int, ...], heads: int, by_head: bool) -> list[np.ndarray]:
-    """For each block, where its vectors `[G · h · L]` lie among those of a flat row, head by head or token by token.
+    """For each block, where its vectors `[G, h, L]` lie among those of a flat row, head by head or token by token.
 
     Kept for the layers of a batch: the next one has other lengths.
     """
     of_head, of_token = (sum(lengths), 1) if by_head else (1, heads)
     numbers = np.arange(heads)[:, None] * of_head
-    return [(places[:, None] * of_token + numbers).ravel() for places, _ in _arranged(lengths)[0]]
+    return [places[:, None] * of_token + numbers for places, _ in _arranged(lengths)[0]]
 
 
 def blocks_of(lengths: tuple[int, ...]) -> tuple[tuple[Block, ...], Tensor]:
     """The segments in blocks, and `order [T]`, where each token lies in them, one block after the other."""
     arranged, order = _arranged(lengths)
-    blocks = [
-        Block(places.shape[1], torch.from_numpy(places), None if real.all() else torch.from_numpy(real))
-        for places, real in arranged
-    ]
+    blocks = [Block(places.shape[1], None if real.all() else torch.from_numpy(real)) for places, real in arranged]
     return tuple(blocks), torch.from_numpy(order)
 
 
@@ -182,8 +177,8 @@ def _taken(x: Tensor, lengths: tuple[int, ...]) -> Iterator[Tensor]:
     by_head = x[0].is_contiguous()
     vectors = (x[0] if by_head else x[0].transpose(0, 1)).reshape(-1, width)
     return (
-        vectors.index_select(0, torch.from_numpy(rows)).view(len(places), heads, -1, width)
-        for rows, (places, _) in zip(_rows(lengths, heads, by_head), _arranged(lengths)[0], strict=True)
+        vectors.index_select(0, torch.from_numpy(rows).flatten()).view(*rows.shape, width)
+        for rows in _rows(lengths, heads, by_head)
     )
 
 

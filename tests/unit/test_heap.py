@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 
-from tunesmith.plan.heap import heap_peak
+from tunesmith.__main__ import STEADY
+from tunesmith.plan.heap import MAPPED, heap_peak
 
 PAD = 200_000
 """More than what the heap grows by at one time beside what is asked for."""
@@ -29,6 +30,10 @@ def test_large_tensors_are_mapped_and_given_back_and_smaller_ones_leave_their_ro
     assert abs(heap_peak(small) - (20 << 20) - (33 << 20)) < PAD
     large = [(1, 40 << 20), (1, 0), (2, 10 << 20), (3, 1000), (2, 0), (4, 33 << 20)]
     assert abs(heap_peak(large) - (10 << 20) - (33 << 20)) < PAD
+
+
+def test_the_command_asks_for_the_threshold_that_is_counted():
+    assert f"mmap_threshold={MAPPED}:" in STEADY
 
 
 def test_never_less_than_the_tensors():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tunesmith import ops
-from tunesmith.ops_attention import block_attention, blocks_of, keep_mask
+from tunesmith.ops_attention import _rows, block_attention, blocks_of, keep_mask
 from tunesmith.ops_norm import rms_norm
 
 LENGTHS = [(7,), (5, 5, 5), (9, 3, 8, 1, 6, 9), (40, 2, 39, 17)]
@@ -80,9 +80,10 @@ def test_many_tiles_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_token_has_one_place() -> None:
     blocks, order = blocks_of((9, 3, 8, 1, 6, 9))
-    places = torch.cat([b.places[b.real] if b.real is not None else b.places.flatten() for b in blocks])
+    every = [torch.from_numpy(rows).flatten(0, 1) for rows in _rows((9, 3, 8, 1, 6, 9), 1, True)]
+    places = torch.cat([p[b.real] if b.real is not None else p.flatten() for p, b in zip(every, blocks, strict=True)])
     assert sorted(places.tolist()) == list(range(36))
-    assert torch.equal(torch.cat([b.places.flatten() for b in blocks])[order], torch.arange(36))
+    assert torch.equal(torch.cat([p.flatten() for p in every])[order], torch.arange(36))
     for block in blocks:
         lengths = [block.longest] if block.real is None else block.real.sum(1).tolist()
         assert min(lengths) >= 0.7 * block.longest

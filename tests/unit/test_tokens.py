@@ -17,8 +17,9 @@ from tunesmith.data.encode import POLICIES, Encoder
 from tunesmith.data.kinds import Chat, Labelled, Message, Pair, Prompt, Ranking, Record, Text
 from tunesmith.data.prompts import encode_prompts
 from tunesmith.data.store import build_store
-from tunesmith.data.tokens import CHARACTERS, WORKS, Asked, Work, alone, merged, together
+from tunesmith.data.tokens import CHARACTERS, WORKS, Asked, Work, alone, encode_text, merged, together
 from tunesmith.errors import DataError
+from tunesmith.start.looking import _sizes
 
 NUM = WORKS + 20
 CHATML = (
@@ -220,6 +221,30 @@ def test_a_tokenizer_that_takes_no_list_still_works_and_a_pressed_key_stops():
     assert [_shown(s) for s in Encoder(OneByOne(_tokenizer()), "pretrain", 64).many(rows)] == wanted
     with pytest.raises(KeyboardInterrupt):
         list(Encoder(Pressed(_tokenizer()), "pretrain", 64).many(rows))
+
+
+def test_an_empty_second_text_is_none_for_one_text_and_for_many():
+    """A tokenizer written in Python tells an empty second text from none."""
+    given: list[Any] = []
+
+    def python(text: Any, pair: Any = None, **_: Any) -> dict[str, Any]:
+        given.append(pair)
+        return {"input_ids": [1] if isinstance(text, str) else [[1]] * len(text)}
+
+    def work() -> Work[Any]:
+        return (yield [Asked("x", "", special=True)])
+
+    one, many = encode_text(python, "x", "", special=True), list(together([work()], python))
+    assert many == [alone(work(), python)] == [[one]]
+    assert given == [None, None, None]
+
+
+def test_long_texts_that_are_only_looked_at_do_not_pile_up_either():
+    watched = Watched(_tokenizer())
+    texts = [Text(f"{n} " + "cat " * (CHARACTERS // 6), f"f:{n}") for n in range(6)]
+    made = _sizes(iter(texts), "pretrain", watched, (), False)
+    watched.calls.clear()
+    assert len(list(made)) == 6 and max(call or 0 for call in watched.calls) <= 2
 
 
 def _lengths(texts: list[str], *_: Any, **__: Any) -> dict[str, list[list[int]]]:
